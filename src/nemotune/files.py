@@ -1,0 +1,100 @@
+"""Outputs that are absent or whole: written aside under a name beginning with a dot, then renamed into place.
+
+Every file and directory that nemotune leaves behind goes through here, so a full disk or a lost process never leaves half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemotune.errors import ConflictError, DiskFullError
+
+__all__ = ["atomic_file", "require_space", "staged_directory", "write_json"]
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it takes the place of `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with _disk_full_is_readable(path):
+            yield aside
+            _sync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged_directory(target: Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield an empty directory beside `target` that becomes `target` when the block ends without an error.
+
+    Raises ConflictError where `target` exists and `overwrite` is false, DiskFullError where `needed_bytes` do not fit.
+    """
+    if target.exists() and not overwrite:
+        raise ConflictError(f"{target}: already exists; choose another directory or pass --overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    require_space(target.parent, needed_bytes)
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        with _disk_full_is_readable(target):
+            yield aside
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+        _swap(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def require_space(directory: Path, needed_bytes: int) -> None:
+    """Raise DiskFullError when the disk of `directory` has less than `needed_bytes` free."""
+    free = shutil.disk_usage(directory).free
+    if free < needed_bytes:
+        raise DiskFullError(
+            f"{directory}: {needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; free some space or write elsewhere"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_file(path) as aside:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _swap(aside: Path, target: Path) -> None:
+    """Rename `aside` to `target`; an old `target` is moved away first and deleted last."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(aside, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _disk_full_is_readable(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFullError):
+            raise
+        raise DiskFullError(f"{target}: the disk is full; nothing was left behind. Free some space and run again") from error

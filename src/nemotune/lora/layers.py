@@ -1,0 +1,95 @@
+"""A frozen layer with a low-rank update beside it: `y = W x + scale B A dropout(x)`. A and B are fp32 and compute in the dtype of x.
+
+`from_base` wraps a layer, `delta` is the update of its weight, `fuse` gives the plain layer with the update added.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nemotune.lora.dropout import GOLDEN, DropoutKeys, dropout, mix
+from nemotune.models.layers import GroupedLinear, Linear
+from nemotune.ops.experts import Dispatch, grouped_linear
+from nemotune.recipe import Lora
+
+
+class LoRALayer(nn.Module):
+    """What both forms share; `base` is the frozen layer, `lora_A` [..., rank, in], `lora_B` [..., out, rank]."""
+
+    def __init__(self, base: Linear | GroupedLinear, lora: Lora, *, name: str, keys: DropoutKeys, seed: int):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+        self.probability, self.keys, self.module_id = lora.dropout, keys, zlib.crc32(name.encode())
+        experts = (base.num_experts,) if isinstance(base, GroupedLinear) else ()
+        generator = torch.Generator().manual_seed(seed * 2**32 + self.module_id)  # the same start under any order of modules
+        bound = 1 / math.sqrt(base.in_features)  # Kaiming uniform with a = sqrt(5), as PEFT starts
+        A = torch.rand(*experts, lora.rank, base.in_features, generator=generator).mul(2 * bound).sub(bound)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(*experts, base.out_features, lora.rank, device=device))
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def delta(self) -> Tensor:
+        """The update of the base's weight, fp32, in its shape."""
+        return self.lora_B @ self.lora_A * self.scale
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The base layer, its weight updated in place in its own dtype."""
+        self.base.weight.copy_(self.base.weight.float() + self.delta())
+        return self.base
+
+    def _drop(self, x: Tensor, keys_M: Tensor | None) -> Tensor:
+        if not (self.training and self.probability):
+            return x
+        assert keys_M is not None, "DropoutKeys.set comes before a training forward"
+        return dropout(x, keys_M, probability=self.probability, module=self.module_id)
+
+
+class LoRALinear(LoRALayer):
+    """LoRA on a linear layer."""
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        low_TR = F.linear(self._drop(x_TI, self.keys.keys_T), self.lora_A.to(x_TI.dtype))
+        return self.base(x_TI) + F.linear(low_TR, self.lora_B.to(x_TI.dtype)) * self.scale
+
+
+class LoRAExperts(LoRALayer):
+    """LoRA on one projection of all experts: A [E, rank, in] and B [E, out, rank], two more grouped products."""
+
+    def forward(self, x_MI: Tensor, sent: Dispatch) -> Tensor:
+        keys_M = None if self.keys.keys_T is None else self._expert_keys(self.keys.keys_T, sent)
+        low_MR = grouped_linear(self._drop(x_MI, keys_M), self.lora_A, sent.counts)
+        return self.base(x_MI, sent) + grouped_linear(low_MR, self.lora_B, sent.counts) * self.scale
+
+    @staticmethod
+    def _expert_keys(keys_T: Tensor, sent: Dispatch) -> Tensor:
+        experts_M = torch.repeat_interleave(torch.tensor(sent.counts, device=keys_T.device))
+        return mix(keys_T[sent.tokens_M] + (experts_M + 1) * GOLDEN)
+
+
+def wrap(base: nn.Module, lora: Lora, *, name: str, keys: DropoutKeys, seed: int) -> LoRALayer:
+    """The LoRA form of `base`."""
+    form = LoRAExperts if isinstance(base, GroupedLinear) else LoRALinear
+    return form(base, lora, name=name, keys=keys, seed=seed)
+
+
+def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """(name of the adapted module, its LoRA form), in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            yield name, module

@@ -1,0 +1,112 @@
+"""Which modules LoRA adapts: block types, module names or `default`, and the table that shows what that came to.
+
+A target that matches nothing is an error. The router is never a target: its choice is part of the base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from nemotune.errors import RecipeError, UnsupportedError, did_you_mean
+from nemotune.lora.dropout import DropoutKeys
+from nemotune.lora.layers import LoRALayer, wrap
+from nemotune.models.base import CausalLM
+from nemotune.models.layers import GroupedLinear, Linear
+from nemotune.recipe import Lora
+
+NOT_BY_DEFAULT = re.compile(r"\.mixer\.out_proj$")  # PEFT refuses Mamba's out_proj: adapters of the default load everywhere
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One block type: layers of the model that have it, modules adapted of those there are, parameters and bytes of their adapters."""
+
+    block_type: str
+    layers: int
+    modules: int
+    adapted: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What LoRA reaches, block type by block type. `base_parameters` counts the frozen model."""
+
+    rows: tuple[CoverageRow, ...]
+    base_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.parameters for row in self.rows)
+
+    def to_json(self) -> dict[str, object]:
+        return {"rows": [asdict(row) for row in self.rows], "parameters": self.parameters, "base_parameters": self.base_parameters}
+
+
+def apply_lora(model: CausalLM, lora: Lora, *, seed: int = 0) -> DropoutKeys:
+    """Freeze the model and adapt the targets in place. Returns the keys that its dropout draws from.
+
+    Raises RecipeError for targets that match nothing.
+    """
+    names = matched_modules(model, lora.targets)
+    model.requires_grad_(False)
+    keys = DropoutKeys()
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, wrap(model.get_submodule(name), lora, name=name, keys=keys, seed=seed))
+    return keys
+
+
+def matched_modules(model: CausalLM, targets: str | tuple[str, ...]) -> list[str]:
+    """The names of the modules that `targets` reach, in the model's order. Raises RecipeError naming every target that reaches none."""
+    modules = linear_modules(model)
+    if targets == "default":
+        return [name for name, block_type in modules.items() if block_type != "head" and not NOT_BY_DEFAULT.search(name)]
+    if "embeddings" in targets:
+        raise UnsupportedError("lora.targets: 'embeddings' is not built yet; leave it out, or train with method: full")
+    problems, chosen = [], set()
+    for target in targets:
+        matched = {name for name, block_type in modules.items() if target == block_type or f".{name}".endswith(f".{target}")}
+        if not matched:
+            known = {*modules.values(), *(name.rsplit(".", 1)[-1] for name in modules)} - {"head"}
+            problems.append(
+                f"lora.targets: '{target}' matches no module of {model.family}.{did_you_mean(target, known)} Known: {', '.join(sorted(known))}"
+            )
+        chosen |= matched
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return [name for name in modules if name in chosen]
+
+
+def linear_modules(model: CausalLM) -> dict[str, str]:
+    """Block type of every module that LoRA can adapt, by name."""
+    kinds = (Linear, GroupedLinear, LoRALayer)
+    return {name: _block_type(name, model.linear_blocks) for name, module in model.named_modules() if isinstance(module, kinds) and not name.endswith(".base")}
+
+
+def coverage(model: CausalLM) -> Coverage:
+    """The table of what is adapted in `model`, after `apply_lora`; its shapes may be on the meta device."""
+    rows = []
+    kinds = linear_modules(model)
+    for block_type in dict.fromkeys(kinds.values()):
+        names = [name for name, kind in kinds.items() if kind == block_type]
+        adapted = [module for module in map(model.get_submodule, names) if isinstance(module, LoRALayer)]
+        parameters = sum(p.numel() for layer in adapted for p in (layer.lora_A, layer.lora_B))
+        layers = len({match[1] for name in names if (match := re.search(r"\.layers\.(\d+)\.", name))})
+        rows.append(CoverageRow(block_type, layers, len(names), len(adapted), parameters, parameters * torch.float32.itemsize))
+    return Coverage(tuple(rows), sum(p.numel() for name, p in model.named_parameters() if not _is_adapter(name)))
+
+
+def _is_adapter(name: str) -> bool:
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def _block_type(name: str, patterns: Mapping[str, str]) -> str:
+    return next((block_type for block_type, pattern in patterns.items() if re.search(pattern + "$", name)), "head")
+

@@ -1,0 +1,231 @@
+"""Model shapes, read from a checkpoint's own config.json in every spelling that the published ones use.
+
+Only what the mathematics needs is kept; `raw` is the file as it was, and is written back untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemotune.errors import CheckpointError, MissingFileError
+from nemotune.ops.rope import Llama3Scaling
+
+BLOCK_TYPES = {
+    "M": "mamba", "*": "attention", "-": "mlp", "E": "moe",
+    "mamba": "mamba", "mamba2": "mamba", "linear_attention": "mamba",
+    "attention": "attention", "full_attention": "attention", "mlp": "mlp", "moe": "moe",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What both families have."""
+
+    vocab_size: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_eps: float
+    initializer_range: float
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    eos_token_id: tuple[int, ...]
+    dtype: str  # of the checkpoint: what a model made from this config is saved in
+    raw: dict[str, Any] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """LlamaForCausalLM."""
+
+    num_layers: int
+    rope_theta: float
+    rope_scaling: Llama3Scaling | float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NemotronHConfig(ModelConfig):
+    """NemotronHForCausalLM. Mamba's inner width is heads x head_dim, whatever `expand` says."""
+
+    block_types: tuple[str, ...]  # mamba | attention | mlp | moe
+    mamba_num_heads: int
+    mamba_head_dim: int
+    ssm_state_size: int
+    n_groups: int
+    conv_kernel: int
+    chunk_size: int
+    use_conv_bias: bool
+    use_bias: bool
+    time_step_limit: tuple[float, float]
+    time_step_min: float
+    time_step_max: float
+    time_step_floor: float
+    rescale_prenorm_residual: bool
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    moe_shared_expert_intermediate_size: int
+    moe_latent_size: int | None
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.block_types)
+
+    @property
+    def mamba_inner_size(self) -> int:
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
+
+
+class _Keys:
+    """config.json with aliases: the first of several names that is there and not null; a missing one is named in the error."""
+
+    def __init__(self, raw: Mapping[str, Any], path: Path):
+        self.raw, self.path = raw, path
+
+    def __call__(self, *names: str, default: Any = ...) -> Any:
+        for name in names:
+            if self.raw.get(name) is not None:
+                return _plain(self.raw[name])
+        if default is ...:
+            raise CheckpointError(f"{self.path}: no '{names[0]}'; this model cannot be built without it")
+        return default
+
+    def require(self, name: str, expected: str, *, default: str) -> None:
+        if (got := self(name, default=default)) != expected:
+            raise CheckpointError(f"{self.path}: {name}: got '{got}', expected '{expected}'; other variants are not supported")
+
+
+def _plain(value: Any) -> Any:
+    """JSON as transformers 5 writes it, with `{"__float__": "Infinity"}` for what JSON cannot hold."""
+    if isinstance(value, dict) and set(value) == {"__float__"}:
+        return float(value["__float__"])
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def read_config(directory: Path) -> NemotronHConfig | LlamaConfig:
+    """The config of the model in `directory`. Raises MissingFileError or CheckpointError."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; expected a Hugging Face model directory")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    return parse_config(raw, path)
+
+
+def parse_config(raw: dict[str, Any], path: Path = Path("config.json")) -> NemotronHConfig | LlamaConfig:
+    """The config that `raw` describes; `path` is for error messages."""
+    readers = {"nemotron_h": _nemotron_h, "llama": _llama}
+    model_type = raw.get("model_type")
+    if model_type not in readers:
+        raise CheckpointError(f"{path}: model_type: got {model_type!r}, expected one of {', '.join(readers)}")
+    return readers[model_type](_Keys(raw, path))
+
+
+def _common(keys: _Keys) -> dict[str, Any]:
+    heads = keys("num_attention_heads")
+    eos = keys("eos_token_id", default=[])
+    return {
+        "vocab_size": keys("vocab_size"),
+        "hidden_size": keys("hidden_size"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys("num_key_value_heads", default=heads),
+        "head_dim": keys("head_dim", "attention_head_dim", default=keys("hidden_size") // heads),
+        "norm_eps": keys("layer_norm_epsilon", "rms_norm_eps", "norm_eps", default=1e-5),
+        "initializer_range": keys("initializer_range", default=0.02),
+        "attention_bias": keys("attention_bias", default=False),
+        "mlp_bias": keys("mlp_bias", default=False),
+        "tie_word_embeddings": keys("tie_word_embeddings", default=False),
+        "eos_token_id": (eos,) if isinstance(eos, int) else tuple(eos),
+        "dtype": keys("dtype", "torch_dtype", default="bfloat16"),
+        "raw": dict(keys.raw),
+    }
+
+
+def _llama(keys: _Keys) -> LlamaConfig:
+    keys.require("hidden_act", "silu", default="silu")
+    rope = {**keys("rope_scaling", default={}), **keys("rope_parameters", default={})}
+    return LlamaConfig(
+        **_common(keys),
+        intermediate_size=keys("intermediate_size"),
+        num_layers=keys("num_hidden_layers"),
+        rope_theta=float(rope.get("rope_theta") or keys("rope_theta", default=10000.0)),
+        rope_scaling=_rope_scaling(rope, keys.path),
+    )
+
+
+def _rope_scaling(rope: Mapping[str, Any], path: Path) -> Llama3Scaling | float | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return float(rope["factor"])
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if missing := [name for name in names if name not in rope]:
+            raise CheckpointError(f"{path}: rope_scaling: llama3 without {', '.join(missing)}")
+        return Llama3Scaling(*(rope[name] for name in names))
+    raise CheckpointError(f"{path}: rope_scaling.rope_type: got {kind!r}, expected default, linear or llama3")
+
+
+def _nemotron_h(keys: _Keys) -> NemotronHConfig:
+    keys.require("mlp_hidden_act", "relu2", default="relu2")
+    keys.require("mamba_hidden_act", "silu", default="silu")
+    block_types = _block_types(keys)
+    has_moe = "moe" in block_types
+    low, high = keys("time_step_limit", "mamba_dt_limit", default=[0.0, math.inf])
+    return NemotronHConfig(
+        **_common(keys),
+        block_types=block_types,
+        intermediate_size=keys("intermediate_size", **({} if "mlp" in block_types else {"default": 0})),
+        mamba_num_heads=keys("mamba_num_heads"),
+        mamba_head_dim=keys("mamba_head_dim"),
+        ssm_state_size=keys("ssm_state_size", "mamba_state_dim"),
+        n_groups=keys("n_groups", "mamba_n_groups", "mamba_num_groups"),
+        conv_kernel=keys("conv_kernel", "mamba_d_conv", default=4),
+        chunk_size=keys("chunk_size", "mamba_chunk_size", default=128),
+        use_conv_bias=keys("use_conv_bias", "mamba_conv_bias", default=True),
+        use_bias=keys("use_bias", "mamba_proj_bias", default=False),
+        time_step_limit=(float(low), float(high)),
+        time_step_min=keys("time_step_min", "mamba_dt_min", default=0.001),
+        time_step_max=keys("time_step_max", "mamba_dt_max", default=0.1),
+        time_step_floor=keys("time_step_floor", "mamba_dt_init_floor", default=1e-4),
+        rescale_prenorm_residual=keys("rescale_prenorm_residual", default=True),
+        n_routed_experts=keys("n_routed_experts", "num_local_experts") if has_moe else 0,
+        num_experts_per_tok=keys("num_experts_per_tok") if has_moe else 0,
+        moe_intermediate_size=keys("moe_intermediate_size") if has_moe else 0,
+        moe_shared_expert_intermediate_size=keys("moe_shared_expert_intermediate_size") if has_moe else 0,
+        moe_latent_size=keys("moe_latent_size", default=None),
+        n_group=keys("n_group", default=1),
+        topk_group=keys("topk_group", default=1),
+        norm_topk_prob=keys("norm_topk_prob", default=True),
+        routed_scaling_factor=float(keys("routed_scaling_factor", default=1.0)),
+    )
+
+
+def _block_types(keys: _Keys) -> tuple[str, ...]:
+    """From `hybrid_override_pattern` (`|` between pipeline stages, what follows `/` belongs to MTP) or `layers_block_type`."""
+    spelled = keys("layers_block_type", "layer_types", "hybrid_override_pattern", "hybrid_layer_pattern")
+    symbols = spelled.split("/")[0].replace("|", "") if isinstance(spelled, str) else spelled
+    if unknown := [symbol for symbol in symbols if symbol not in BLOCK_TYPES]:
+        raise CheckpointError(f"{keys.path}: unknown block type {unknown[0]!r}, expected M, *, - and E or mamba, attention, mlp and moe")
+    return tuple(BLOCK_TYPES[symbol] for symbol in symbols)

@@ -1,0 +1,46 @@
+"""Fresh weights for pretraining, drawn as Nemotron-H's are (arXiv 2504.03624; the ranges are config.json's).
+
+Normal weights of `initializer_range`, projections into the residual stream scaled by 1 / sqrt(2 layers), A uniform in [1, 16],
+dt log-uniform in [time_step_min, time_step_max].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nemotune.models.base import CausalLM
+from nemotune.models.config import NemotronHConfig
+
+INTO_RESIDUAL = ("o_proj", "out_proj", "down_proj", "fc2_latent_proj")
+
+
+@torch.no_grad()
+def initialize(model: CausalLM, *, seed: int) -> None:
+    """Draw every parameter of `model` in place, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(_draw(name, tensor, model, generator))
+
+
+def _draw(name: str, tensor: Tensor, model: CausalLM, generator: torch.Generator) -> Tensor:
+    config = model.config
+    owner, last = name.split(".")[-2:] if "." in name else ("", name)
+    if last == "e_score_correction_bias" or last == "bias":
+        return torch.zeros(tensor.shape)
+    if last == "D" or "norm" in owner:
+        return torch.ones(tensor.shape)
+    if last == "A_log":
+        return torch.rand(tensor.shape, generator=generator).mul(15).add(1).log()
+    if last == "dt_bias":
+        assert isinstance(config, NemotronHConfig)
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        dt = torch.rand(tensor.shape, generator=generator).mul(high - low).add(low).exp().clamp(min=config.time_step_floor)
+        return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+    if owner == "conv1d":
+        bound = tensor.shape[-1] ** -0.5
+        return torch.rand(tensor.shape, generator=generator).mul(2 * bound).sub(bound)
+    scale = config.initializer_range / (math.sqrt(2 * len(model.blocks)) if owner in INTO_RESIDUAL else 1)
+    return torch.randn(tensor.shape, generator=generator).mul(scale)

@@ -1,0 +1,57 @@
+"""The modules that both families are built from. Weights may be fp32 masters: each product casts them to its input's dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nemotune.models.cache import KVState
+from nemotune.ops.attention import attention_step, varlen_attention
+from nemotune.ops.documents import Documents
+from nemotune.ops.experts import Dispatch, grouped_linear
+from nemotune.ops.norm import rms_norm
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input; a cast is free where the dtypes agree."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class GroupedLinear(nn.Module):
+    """One linear layer per expert, `weight` [E, out, in], over rows sorted by expert."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int):
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+
+    def forward(self, x_MI: Tensor, sent: Dispatch) -> Tensor:
+        return grouped_linear(x_MI, self.weight, sent.counts)
+
+
+class RMSNorm(nn.Module):
+    """`ops.norm.rms_norm` with a weight."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class AttentionCore(nn.Module):
+    """Attention without its projections: over a packed row, or one token per sequence against the cache."""
+
+    def forward(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents, state: KVState | None) -> Tensor:
+        if state is None:
+            return varlen_attention(q_TNH, k_TKH, v_TKH, documents)
+        if state.is_empty:
+            state.fill(k_TKH, v_TKH, documents)
+            return varlen_attention(q_TNH, k_TKH, v_TKH, documents)
+        state.append(k_TKH, v_TKH)
+        return attention_step(q_TNH, state.k_BLKH, state.v_BLKH, state.lengths_B)

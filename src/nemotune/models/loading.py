@@ -1,0 +1,170 @@
+"""From a directory of safetensors to modules and back, tensor by tensor.
+
+Peak memory is the model plus one tensor. Every tensor on disk has a home in the model or is kept by reference to its file
+(`mtp.*`, which no forward here uses); `save_model` writes back the same names, shapes, dtypes and, untrained, the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nemotune.errors import CheckpointError, UnsupportedError
+from nemotune.files import staged_directory, write_json
+from nemotune.models.base import CausalLM
+from nemotune.models.config import LlamaConfig, NemotronHConfig, read_config
+from nemotune.models.initialize import initialize
+from nemotune.models.llama import Llama
+from nemotune.models.locate import locate
+from nemotune.models.nemotron_h import NemotronH
+from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
+from nemotune.weights.dtypes import NAMES
+from nemotune.weights.mapping import Piece, pieces_of
+
+FAMILIES: dict[type, type[CausalLM]] = {NemotronHConfig: NemotronH, LlamaConfig: Llama}
+UNUSED_PREFIXES = ("mtp.",)  # multi-token prediction: kept on disk, never computed
+SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "LICENSE*", "NOTICE*")
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+def build_model(config: NemotronHConfig | LlamaConfig) -> CausalLM:
+    """The family's model with parameters on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return FAMILIES[type(config)](config)
+
+
+def load_model(
+    path: str | Path, *, dtype: Dtype = "bfloat16", revision: str | None = None, device: str = "cpu", trainable: bool = False, random_seed: int | None = None
+) -> CausalLM:
+    """The model at `path` (directory, hub id or built-in name), computing in `dtype`.
+
+    Weights are held in `dtype`, in fp32 where the family asks for it and everywhere if `trainable`. With `random_seed` the
+    weights are drawn instead of read, and the directory needs no shards. Raises MissingFileError, CheckpointError.
+    """
+    directory = locate(path, revision)
+    config = read_config(directory)
+    model = build_model(config)
+    model.directory, model.compute_dtype = directory, getattr(torch, dtype)
+    held_dtype = torch.float32 if trainable else model.compute_dtype
+    if random_seed is None:
+        model.source = Checkpoint(directory)
+        _check(model, model.source)
+    for name, meta in _state(model).items():
+        tensor = torch.empty(meta.shape, dtype=torch.float32 if model.stays_fp32(name) else held_dtype, device=device)
+        if model.source is not None:
+            _fill(tensor, name, model, model.source)
+        _assign(model, name, tensor)
+    if config.tie_word_embeddings:
+        model.tie_head()
+    if random_seed is not None:
+        initialize(model, seed=random_seed)
+    return model.requires_grad_(trainable)
+
+
+def save_model(model: CausalLM, directory: str | Path, *, overwrite: bool = False) -> None:
+    """Write the model as a Hugging Face directory: the source's names, dtypes, shards and side files, the model's values."""
+    directory = Path(directory)
+    pieces = dict(disk_pieces(model))
+    plan = _write_plan(model, pieces)
+    state = _state(model)
+
+    def read(info: TensorInfo) -> Tensor:
+        if info.name not in pieces:
+            assert model.source is not None
+            return model.source.read(info.name)
+        name, index = pieces[info.name]
+        return state[name] if index is None else state[name][index]
+
+    with staged_directory(directory, overwrite=overwrite, needed_bytes=plan.num_bytes) as aside:
+        write_checkpoint(aside, plan, read)
+        if model.directory is not None:
+            copy_side_files(model.directory, aside)
+        write_json(aside / "config.json", model.config.raw)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what belongs to a model beside its weights: config, tokenizer, template, generation settings, licence."""
+    for pattern in SIDE_FILES:
+        for file in sorted(source.glob(pattern)):
+            if not file.name.endswith(".safetensors.index.json"):
+                shutil.copyfile(file, target / file.name)
+
+
+def disk_pieces(model: CausalLM) -> Iterator[tuple[str, tuple[str, int | None]]]:
+    """(name on disk, (parameter, index along dim 0 or None for the whole)) for every tensor that the model holds."""
+    for name, tensor in _state(model).items():
+        for piece in pieces_of(name, tensor.shape, model.stacks):
+            yield _disk_name(piece, model), (name, piece.index)
+
+
+def _state(model: CausalLM) -> dict[str, Tensor]:
+    """Parameters and buffers by name; a tied head is not a tensor of its own. Adapters are not part of the base."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _disk_name(piece: Piece, model: CausalLM) -> str:
+    """The name that the source uses for `piece`: its own, or one with a prefix that other tools write."""
+    if model.source is not None and piece.name not in model.source:
+        for alias, prefix in model.aliases.items():
+            if piece.name.startswith(prefix) and (renamed := alias + piece.name.removeprefix(prefix)) in model.source:
+                return renamed
+    return piece.name
+
+
+def _check(model: CausalLM, source: Checkpoint) -> None:
+    """Every tensor that the model needs is there in its shape, and every tensor that is there is needed or known to be unused."""
+    problems, used, state = [], set(), _state(model)
+    for disk_name, (name, index) in disk_pieces(model):
+        expected = tuple(state[name].shape)[0 if index is None else 1 :]
+        used.add(disk_name)
+        if disk_name not in source:
+            problems.append(f"{disk_name}: missing, expected shape {expected}")
+        elif (got := source.tensors[disk_name].shape) != expected:
+            problems.append(f"{disk_name}: got shape {got}, expected {expected}")
+    problems += [f"{name}: has no place in the model" for name in source.tensors if name not in used and not _is_unused(name, model)]
+    if problems:
+        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        listed = "\n  ".join(problems[:8])
+        raise CheckpointError(
+            f"{source.directory}: {len(problems)} tensors do not fit config.json:\n  {listed}{more}\nCheck that config and weights belong to one model"
+        )
+
+
+def _is_unused(name: str, model: CausalLM) -> bool:
+    return name.startswith(UNUSED_PREFIXES) or (model.config.tie_word_embeddings and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
+
+
+def _fill(tensor: Tensor, name: str, model: CausalLM, source: Checkpoint) -> None:
+    for piece in pieces_of(name, tensor.shape, model.stacks):
+        value = source.read(_disk_name(piece, model))
+        if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+            raise UnsupportedError(f"{name}: stored as {NAMES[value.dtype]}; quantised checkpoints cannot be tuned, use the BF16 release")
+        (tensor if piece.index is None else tensor[piece.index]).copy_(value)
+
+
+def _assign(model: CausalLM, name: str, tensor: Tensor) -> None:
+    owner_name, _, last = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if last in owner._buffers:
+        owner._buffers[last] = tensor
+    else:
+        setattr(owner, last, nn.Parameter(tensor, requires_grad=False))
+
+
+def _write_plan(model: CausalLM, pieces: dict[str, tuple[str, int | None]]) -> WritePlan:
+    """The source's own tensors where there is one, else every tensor in the checkpoint's dtype."""
+    if model.source is not None:
+        return WritePlan(tuple(model.source.tensors.values()))
+    dtype = NAMES[getattr(torch, model.config.dtype)]
+    rows, state = [], _state(model)
+    for disk_name, (name, index) in pieces.items():
+        shape = tuple(state[name].shape)[0 if index is None else 1 :]
+        rows.append((disk_name, "F32" if model.stays_fp32(name) else dtype, shape))
+    return WritePlan.in_shards(rows)

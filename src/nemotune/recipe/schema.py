@@ -1,0 +1,215 @@
+"""The recipe: every setting of a run, typed, frozen, with its default in this one place.
+
+It says what to do, never how: no torch here, nothing is read from disk. `load.py` makes one from YAML and overrides;
+`support.py` says which values the code can carry out today.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import field_validator, model_validator
+
+Format = Literal["medmcqa", "fiqa", "glaive", "squad", "chat", "text", "megatron"]
+Method = Literal["lora", "full", "pretrain"]
+EngineName = Literal["native", "trl", "unsloth", "automodel", "megatron"]
+Task = Literal["multiple_choice", "tool_calls", "span_qa", "perplexity", "semantic_similarity"]
+GgufType = Literal["f16", "q8_0", "q5_k_m", "q4_k_m"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the recipe; a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Source(Section):
+    """Rows: a hub id, a directory or a file (.jsonl .json .csv .parquet .arrow .txt); config and split as `datasets` names them."""
+
+    path: str
+    config: str | None = None
+    split: str | None = None
+
+
+def _source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Rows = Annotated[Source, BeforeValidator(_source, json_schema_input_type=str | Source)]
+Held = Annotated[Fraction | Source | None, BeforeValidator(_source, json_schema_input_type=Fraction | str | Source | None)]
+
+
+class Model(Section):
+    """The base: a directory or hub id; `dtype` holds its frozen weights and computes, trained weights are always fp32."""
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantization: Literal["none", "nf4"] = "none"
+
+
+class Data(Section):
+    """What is trained on. `validation` and `test` are shares of the training rows, sources of their own, or null."""
+
+    format: Format
+    train: Rows
+    validation: Held = None
+    test: Held = None
+    max_samples: PositiveInt | None = None
+    max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.05
+    template: str = "model"  # model | none | chatml | a Jinja file
+    thinking: bool = False
+    sequence_length: PositiveInt = 4096
+    overflow: Literal["drop", "truncate", "error"] = "drop"
+    packing: bool = True
+    train_on: Literal["assistant", "all"] = "assistant"
+
+    @model_validator(mode="after")
+    def _shares_leave_rows(self) -> Data:
+        shares = [held for held in (self.validation, self.test) if isinstance(held, float)]
+        if sum(shares) >= 1:
+            raise ValueError(f"data.validation + data.test: got {sum(shares)}, expected less than 1 so that rows are left to train on")
+        return self
+
+
+class Lora(Section):
+    """LoRA (arXiv 2106.09685). `targets`: block types, module names, or `default` (every linear block type but Mamba's out_proj)."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32
+    dropout: Fraction = 0.0
+    targets: Literal["default"] | tuple[str, ...] = "default"
+    rslora: bool = False
+    dora: bool = False
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) and value != "default" else value
+
+
+class Train(Section):
+    """The optimisation. Batch sizes count packed rows when packing, else samples; `eval_every` and `checkpoint_every` count steps."""
+
+    epochs: PositiveFloat = 1
+    max_steps: PositiveInt | None = None
+    micro_batch_size: PositiveInt = 1
+    global_batch_size: PositiveInt = 8
+    learning_rate: PositiveFloat = 2e-4
+    min_learning_rate: NonNegativeFloat = 0.0
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    warmup_steps: NonNegativeInt | None = None
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: NonNegativeFloat = 1.0
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    seed: NonNegativeInt = 42
+    eval_every: PositiveInt | None = None
+    early_stopping: PositiveInt | None = None  # evaluations without a better validation loss before stopping
+    checkpoint_every: PositiveInt | None = 200
+    keep_checkpoints: PositiveInt = 2
+    deadline: str | None = None  # "11h30m": saves and stops cleanly
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Train:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size: got {self.global_batch_size}, expected a multiple of train.micro_batch_size ({self.micro_batch_size})"
+            )
+        return self
+
+    @field_validator("deadline")
+    @classmethod
+    def _deadline_is_a_duration(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"(\d+h)?(\d+m)?(\d+s)?", value or "-"):
+            raise ValueError(f"got {value!r}, expected hours, minutes and seconds such as '11h30m'")
+        return value
+
+
+class Parallel(Section):
+    """Processes and how they share the work: pipeline x data x shard x context x tensor = nproc; expert divides data x shard x context."""
+
+    nproc: PositiveInt = 1
+    data: PositiveInt | Literal["auto"] = "auto"
+    shard: PositiveInt = 1
+    tensor: PositiveInt = 1
+    expert: PositiveInt = 1
+    context: PositiveInt = 1
+    pipeline: PositiveInt = 1
+
+
+class Engine(Section):
+    """Who trains; `python` is the interpreter of an engine that lives in an environment of its own."""
+
+    name: EngineName = "native"
+    python: str | None = None
+
+
+class Evaluate(Section):
+    """What is measured on the held-out rows, for the base (`baseline`) and the tuned model alike."""
+
+    tasks: tuple[Task, ...] = ("perplexity",)
+    max_samples: PositiveInt | None = 200
+    baseline: bool = True
+    backend: Literal["native", "nemo_evaluator"] = "native"
+
+
+class Export(Section):
+    """What is written beside the adapter."""
+
+    adapter: bool = True
+    merged: bool = False
+    gguf: tuple[GgufType, ...] = ()
+
+
+class Logging(Section):
+    """`every` counts steps between rows of metrics.jsonl."""
+
+    every: PositiveInt = 10
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+
+
+class Recipe(Section):
+    """One run, whole. Field by field: README, section "Recipe", and `nemotune recipes schema`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: Model
+    data: Data
+    method: Method = "lora"
+    lora: Lora = Lora()
+    train: Train = Train()
+    parallel: Parallel = Parallel()
+    engine: Engine = Engine()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        problems = []
+        if self.method == "pretrain" and self.data.format not in ("text", "megatron", "chat"):
+            problems.append(f"data.format: got '{self.data.format}', expected text, megatron or chat for method: pretrain")
+        if self.data.format == "megatron" and self.method != "pretrain":
+            problems.append("data.format: 'megatron' holds tokens without a loss mask, expected method: pretrain")
+        if self.method != "lora" and self.model.quantization != "none":
+            problems.append(f"model.quantization: got '{self.model.quantization}', expected none for method: {self.method} (only LoRA leaves the base frozen)")
+        if self.train.early_stopping and not self.train.eval_every:
+            problems.append("train.early_stopping: needs train.eval_every, since it counts evaluations")
+        if self.train.eval_every and self.data.validation is None:
+            problems.append("train.eval_every: needs data.validation (a share such as 0.02, or rows of its own)")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """`runs/<name>`, relative to where the command was typed."""
+        return Path("runs") / self.name

@@ -1,0 +1,10 @@
+"""Weights on disk: reading safetensors directories by header, writing them tensor by tensor, and how names map to modules.
+
+It knows files and names, never a model. Next: `models/loading.py` fills modules from it, `export/merge.py` streams through it.
+"""
+
+from nemotune.weights.checkpoint import Checkpoint, TensorInfo
+from nemotune.weights.mapping import Piece, Stack
+from nemotune.weights.writer import WritePlan, write_checkpoint
+
+__all__ = ["Checkpoint", "Piece", "Stack", "TensorInfo", "WritePlan", "write_checkpoint"]

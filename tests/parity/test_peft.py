@@ -1,0 +1,90 @@
+"""Our adapters in PEFT on transformers' model: the same logits, experts included."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from random_models import make, relative, with_our_dt_limits
+from safetensors.torch import load_file
+
+from nemotune.lora import apply_lora, load_adapter, lora_modules, save_adapter
+from nemotune.models import load_model
+from nemotune.recipe import Lora
+
+TOKENS = torch.randint(0, 96, (29,), generator=torch.Generator().manual_seed(1))
+BORDERS = torch.tensor([0, 29], dtype=torch.int32)
+
+
+def adapted(directory, lora):
+    """Our model with an adapter whose every value matters."""
+    model = load_model(directory, dtype="float32")
+    apply_lora(model, lora)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, layer in lora_modules(model):
+            layer.lora_B.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+CASES = {
+    "default": ("hybrid", Lora(rank=4, alpha=8)),
+    "rslora": ("hybrid", Lora(rank=4, alpha=8, rslora=True)),
+    "experts_alone": ("hybrid", Lora(rank=3, alpha=8, targets=("experts",))),
+    "one_projection_of_experts": ("hybrid", Lora(rank=3, alpha=8, targets=("experts.down_proj", "q_proj"))),
+    "latent": ("latent", Lora(rank=4, alpha=8)),
+    "llama": ("llama", Lora(rank=4, alpha=8, dropout=0.1)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_saved_adapter_gives_the_same_logits_in_peft(case, tmp_path):
+    variant, lora = CASES[case]
+    theirs = make(variant)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = adapted(tmp_path / "hf", lora)
+    assert save_adapter(ours, tmp_path / "adapter", lora, base="hf") == []
+    expected = ours.logits(ours(TOKENS, BORDERS))
+    plain = theirs(TOKENS[None], use_cache=False).logits[0]
+    peft = with_our_dt_limits(PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval())
+    got = peft(TOKENS[None], use_cache=False).logits[0]
+    assert relative(expected, plain) > 0.05, "the adapter must matter"
+    assert relative(got, expected) < 1e-4
+    loaded = {n for n, p in peft.named_parameters() if "lora_" in n}
+    assert len(loaded) == len(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_survives_saving_and_loading(case, tmp_path):
+    variant, lora = CASES[case]
+    make(variant).save_pretrained(tmp_path / "hf")
+    ours = adapted(tmp_path / "hf", lora)
+    save_adapter(ours, tmp_path / "adapter", lora, base="hf")
+    again = load_model(tmp_path / "hf", dtype="float32")
+    load_adapter(again, tmp_path / "adapter")
+    before, after = dict(lora_modules(ours)), dict(lora_modules(again))
+    assert before.keys() == after.keys()
+    for name, layer in before.items():
+        assert torch.equal(layer.lora_A, after[name].lora_A) and torch.equal(layer.lora_B, after[name].lora_B), name
+    assert torch.equal(ours(TOKENS, BORDERS), again.eval()(TOKENS, BORDERS))
+
+
+def test_out_proj_trains_and_the_save_says_where_it_will_not_load(tmp_path):
+    make("hybrid").save_pretrained(tmp_path / "hf")
+    lora = Lora(rank=4, alpha=8, targets=("mamba",))
+    ours = adapted(tmp_path / "hf", lora)
+    notes = save_adapter(ours, tmp_path / "adapter", lora, base="hf")
+    assert "out_proj" in notes[0] and "PEFT" in notes[0]
+    ours(TOKENS, BORDERS).sum().backward()
+    assert all(layer.lora_B.grad.abs().max() > 0 for name, layer in lora_modules(ours) if name.endswith("out_proj"))
+    load_adapter(load_model(tmp_path / "hf", dtype="float32"), tmp_path / "adapter")
+
+
+def test_an_adapter_with_experts_tells_peft_no_dropout(tmp_path):
+    make("hybrid").save_pretrained(tmp_path / "hf")
+    lora = Lora(rank=4, alpha=8, dropout=0.1)
+    save_adapter(adapted(tmp_path / "hf", lora), tmp_path / "adapter", lora, base="hf")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0.0 and config["target_parameters"]
