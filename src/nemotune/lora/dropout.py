@@ -36,5 +36,5 @@ def dropout(x_MD: Tensor, keys_M: Tensor, *, probability: float, module: int) ->
     threshold = round(probability * 65536)
     features = x_MD.shape[-1]
     counters = torch.arange(-(-features // 4), device=x_MD.device) * GOLDEN
-    bits = mix(mix(keys_M + module * GOLDEN).unsqueeze(-1) + counters).view(torch.int16)[:, :features]
+    bits = mix(mix(keys_M + module).unsqueeze(-1) + counters).view(torch.int16)[:, :features]
     return x_MD * ((bits >= threshold - 32768) * (65536 / (65536 - threshold))).to(x_MD.dtype)

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from nemotune.models.cache import Cache, KVState, MambaState
 from nemotune.models.config import LlamaConfig, NemotronHConfig
+from nemotune.ops.cross_entropy import linear_cross_entropy
 from nemotune.ops.documents import Documents
 from nemotune.weights import Checkpoint, Stack
+
+LOGITS_PER_CHUNK = 2**25  # 256 positions of Nemotron 3's 131,072-word vocabulary: 134 MB of fp32 logits
 
 
 def run_plainly(block: nn.Module, *args: Any) -> Tensor:
@@ -83,6 +86,10 @@ class CausalLM(nn.Module, ABC):
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The head's output [N, V], fp32."""
         return self.lm_head(hidden_ND).float()
+
+    def loss(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """The sum of -log p(target) over the positions that have one (not -100), fp32; only they reach the head."""
+        return linear_cross_entropy(self.logits, hidden_TD, targets_T, chunk_tokens=max(1, LOGITS_PER_CHUNK // self.config.vocab_size))
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `batch_size` sequences of at most `max_length` tokens, prompts and answers together."""

@@ -1,0 +1,44 @@
+"""Activation checkpointing: what the forward of a block keeps for the backward, against computing it again.
+
+`none` keeps everything; `selective` keeps the outputs of matrix products and computes norms, activations and convolutions again;
+`full` keeps only the input of each block.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from nemotune.models import CausalLM
+from nemotune.models.base import run_plainly
+
+aten = torch.ops.aten
+KEPT = {
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default,
+    aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+}  # fmt: skip
+
+
+def set_activation_checkpointing(model: CausalLM, mode: str) -> None:
+    """Make `model` run its blocks under `mode`: none, selective or full."""
+    if mode == "none":
+        model.run_block = run_plainly
+    elif mode == "full":
+        model.run_block = _full
+    else:
+        model.run_block = partial(_full, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
+
+
+def _full(block: nn.Module, *args: Any, **options: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return block(*args)
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

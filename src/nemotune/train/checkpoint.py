@@ -1,0 +1,104 @@
+"""Checkpoints of a run: trained parameters, optimiser state and where the run stands, whole or absent.
+
+`checkpoints/step_000200/` holds torch.distributed.checkpoint files and `trainer.json`. A checkpoint is written aside and renamed;
+`latest` and `best` are files that hold a name. A directory without its last-written file is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+from nemotune.errors import CheckpointError
+from nemotune.files import atomic_file, staged_directory, write_json
+from nemotune.models import CausalLM
+
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after `step` steps."""
+
+    step: int = 0
+    tokens: int = 0
+    best_loss: float | None = None
+    evaluations_without_better: int = 0
+
+    def after_evaluation(self, loss: float, *, better: bool) -> Progress:
+        """The progress with one more validation counted."""
+        if better:
+            return replace(self, best_loss=loss, evaluations_without_better=0)
+        return replace(self, evaluations_without_better=self.evaluations_without_better + 1)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory; at most `keep`, plus the best."""
+
+    def __init__(self, run_dir: Path, *, keep: int):
+        self.directory, self.keep = run_dir / "checkpoints", keep
+
+    def save(self, model: CausalLM, optimizer: Optimizer, progress: Progress, *, best: bool = False) -> None:
+        """Write the checkpoint of `progress.step`, point `latest` (and `best`) at it, drop the oldest over `keep`."""
+        name = f"step_{progress.step:06}"
+        with staged_directory(self.directory / name, overwrite=True) as aside:
+            with _quiet():
+                dcp.save(_state(model, optimizer), checkpoint_id=str(aside), no_dist=True)
+            write_json(aside / "trainer.json", asdict(progress))
+        for pointer in ("latest", "best") if best else ("latest",):
+            with atomic_file(self.directory / pointer) as file:
+                file.write_text(name + "\n", encoding="utf-8")
+        self._drop_old()
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
+        whole = [path for path in self.directory.glob("step_*") if (path / "trainer.json").is_file() and (path / ".metadata").is_file()]
+        return max(whole, default=None)
+
+    def best(self) -> Path | None:
+        """The checkpoint with the lowest validation loss, or None."""
+        pointer = self.directory / "best"
+        path = self.directory / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        return path if path and path.is_dir() else None
+
+    def load(self, path: Path, model: CausalLM, optimizer: Optimizer) -> Progress:
+        """Restore the trained parameters and the optimiser from `path`. Raises CheckpointError where it does not fit the run."""
+        state = _state(model, optimizer)
+        try:
+            with _quiet():
+                dcp.load(state, checkpoint_id=str(path), no_dist=True)
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
+            return Progress(**json.loads((path / "trainer.json").read_text(encoding="utf-8")))
+        except (RuntimeError, ValueError, OSError, KeyError, dcp.api.CheckpointException) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise CheckpointError(f"{path}: cannot be resumed from ({reason}); delete it to go on from the one before, or start with --overwrite") from error
+
+    def _drop_old(self) -> None:
+        best = self.best()
+        for path in sorted(self.directory.glob("step_*"))[: -self.keep]:
+            if path != best:
+                shutil.rmtree(path)
+
+
+def _state(model: CausalLM, optimizer: Optimizer) -> dict[str, Any]:
+    parameters, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {"model": {name: value for name, value in parameters.items() if name in trained}, "optimizer": moments}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.distributed.checkpoint warns that it runs in one process: so it is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch.distributed.*")
+        yield

@@ -1,0 +1,112 @@
+"""What stops a run that would only waste time: adapters whose gradient is dead, values that are not finite, a loss that runs away."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from nemotune.errors import TrainingError
+from nemotune.lora import LoRAExperts, LoRALinear, lora_modules
+
+EXPERT_STEPS = 10  # steps over which each expert's gradient is watched
+SPIKE_FACTOR, SPIKE_MARGIN, SPIKE_WINDOW, SPIKES_TO_STOP = 2.0, 1.0, 32, 5
+
+
+class Liveness:
+    """Sees that every adapter tensor has a gradient: lora_B from the first backward, lora_A from the first with a non-zero B.
+
+    Of experts, each one that received gradient must pass it on; those that received none in the first steps are listed.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.layers = dict(lora_modules(model))
+        self.received: dict[str, Tensor] = {}
+        self.alive: dict[str, Tensor] = {}
+        self.steps = 0
+        self._hooks = [layer.register_forward_hook(self._watch(name)) for name, layer in self.layers.items() if isinstance(layer, LoRAExperts)]
+
+    def check(self) -> None:
+        """Call after each backward and before the update. Raises TrainingError naming the module."""
+        if self.steps >= EXPERT_STEPS:
+            return
+        dead = [problem for name, layer in self.layers.items() if isinstance(layer, LoRALinear) for problem in self._dead(name, layer)]
+        if dead:
+            raise TrainingError(f"{len(dead)} adapter tensors have no gradient, first {dead[0]}; the module's weight is used without calling the module, or no token reaches it")
+        for name, layer in self.layers.items():
+            if isinstance(layer, LoRAExperts) and layer.lora_B.grad is not None:
+                live = layer.lora_B.grad.flatten(1).abs().amax(1) > 0
+                self.alive[name] = self.alive.get(name, torch.zeros_like(live)) | live
+        self.steps += 1
+        if self.steps == EXPERT_STEPS:
+            self._finish()
+
+    def unreached(self) -> dict[str, int]:
+        """Experts that no gradient reached while watched, counted by module: they keep the base's behaviour."""
+        return {name: int((~seen).sum()) for name, seen in self.received.items() if not seen.all()}
+
+    def _dead(self, name: str, layer: LoRALinear) -> list[str]:
+        checked = {"lora_B": layer.lora_B}
+        if layer.lora_B.abs().max() > 0:
+            checked["lora_A"] = layer.lora_A
+        return [f"{name}.{which}" for which, parameter in checked.items() if parameter.grad is None or not parameter.grad.any()]
+
+    def _watch(self, name: str):
+        def after_forward(layer: LoRAExperts, inputs: tuple, output: Tensor) -> None:
+            if not output.requires_grad:
+                return
+            counts = torch.tensor(inputs[1].counts, device=output.device)
+
+            def after_backward(gradient: Tensor) -> None:
+                experts_M = torch.repeat_interleave(counts)
+                reached = torch.zeros(len(counts), dtype=torch.bool, device=output.device)
+                reached[experts_M[gradient.abs().amax(-1) > 0]] = True
+                self.received[name] = self.received.get(name, torch.zeros_like(reached)) | reached
+
+            output.register_hook(after_backward)
+
+        return after_forward
+
+    def _finish(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for name, received in self.received.items():
+            dead = received & ~self.alive[name]
+            if dead.any():
+                raise TrainingError(f"{name}: experts {dead.nonzero().flatten().tolist()[:8]} received gradient and their lora_B has none after {EXPERT_STEPS} steps")
+
+
+def require_finite(loss: float, grad_norm: float, parameters: dict[str, nn.Parameter], *, step: int) -> None:
+    """Raise TrainingError naming the first parameter with a non-finite gradient; call before the update."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    bad = [name for name, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+    where = f"the first non-finite gradient is that of {bad[0]} ({len(bad)} in all)" if bad else "all gradients are finite"
+    raise TrainingError(
+        f"step {step}: loss {loss}, gradient norm {grad_norm}; {where}. Nothing was updated. Lower train.learning_rate, use model.dtype=float32, "
+        "or look for rows of near-zero embeddings in the base"
+    )
+
+
+class SpikeGuard:
+    """Notices a loss far above its recent median; several in a row are divergence."""
+
+    def __init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self.spikes = 0
+
+    def check(self, loss: float, *, step: int) -> str | None:
+        """A warning where `loss` spikes, else None. Raises TrainingError when it keeps doing so."""
+        spiked = len(self.recent) == SPIKE_WINDOW and loss > SPIKE_FACTOR * median(self.recent) + SPIKE_MARGIN
+        if not spiked:
+            self.recent.append(loss)
+            self.spikes = 0
+            return None
+        self.spikes += 1
+        usual = median(self.recent)
+        if self.spikes >= SPIKES_TO_STOP:
+            raise TrainingError(f"step {step}: the loss has been over {loss:.2f} for {self.spikes} steps where {usual:.2f} was usual; lower train.learning_rate and --resume from the last checkpoint")
+        return f"loss {loss:.2f} where {usual:.2f} is usual"

@@ -1,0 +1,129 @@
+"""The training loop, top to bottom: batches by step number, one step, health, metrics, validation, checkpoint.
+
+LoRA, full tuning and pretraining share it: they differ in which parameters are trainable. A step's batches, rate and dropout are
+functions of its number, so a resumed run continues the very trace of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from nemotune.data.loader import Loader, batches
+from nemotune.data.split import Split
+from nemotune.errors import DataError
+from nemotune.lora import DropoutKeys
+from nemotune.models import CausalLM
+from nemotune.recipe import Recipe
+from nemotune.train.activation import set_activation_checkpointing
+from nemotune.train.checkpoint import Checkpoints, Progress
+from nemotune.train.health import Liveness, SpikeGuard, require_finite
+from nemotune.train.metrics import Metrics
+from nemotune.train.optim import make_optimizer
+from nemotune.train.progress import StepBar
+from nemotune.train.schedule import learning_rate
+from nemotune.train.step import accumulate, gradient_norm, update, validation_loss
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: steps taken in all, last training loss, lowest validation loss, and which weights the model now holds."""
+
+    steps: int
+    loss: float
+    best_validation_loss: float | None
+    weights: str  # "last" or "best"
+    stopped_early: bool
+
+
+def run(
+    model: CausalLM, recipe: Recipe, *, train: Split, validation: Split | None, run_dir: Path, keys: DropoutKeys | None, resume: bool, console: Console
+) -> TrainResult:
+    """Train the parameters of `model` that require gradients; leaves metrics and checkpoints in `run_dir`.
+
+    With `resume`, goes on from the newest whole checkpoint. Raises TrainingError for dead or non-finite gradients and divergence.
+    """
+    settings = recipe.train
+    loader = Loader(train, global_batch_size=settings.global_batch_size, micro_batch_size=settings.micro_batch_size, seed=settings.seed)
+    total_steps = count_steps(loader.steps_per_epoch, recipe)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(parameters, settings)
+    set_activation_checkpointing(model, settings.activation_checkpointing)
+    checkpoints = Checkpoints(run_dir, keep=settings.keep_checkpoints)
+    progress = Progress()
+    if resume and (newest := checkpoints.latest()):
+        progress = checkpoints.load(newest, model, optimizer)
+        console.print(f"resumed after step {progress.step} from {newest}")
+
+    model.train()
+    metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step)
+    liveness, spikes = Liveness(model), SpikeGuard()
+    stopped_early, loss = False, math.nan
+    with StepBar(console, total=total_steps, done=progress.step) as bar:
+        while progress.step < total_steps and not stopped_early:
+            started = time.perf_counter()
+            rate = learning_rate(progress.step, total_steps, settings)
+            result = accumulate(model, loader.step(progress.step), keys=keys, seed=settings.seed, step=progress.step)
+            loss, norm = result.loss, gradient_norm(parameters.values())
+            require_finite(loss, norm, parameters, step=progress.step + 1)
+            liveness.check()
+            update(parameters.values(), optimizer, learning_rate=rate, grad_norm=norm, max_grad_norm=settings.max_grad_norm)
+            progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + result.tokens)
+
+            seconds, memory, is_last = time.perf_counter() - started, peak_memory_bytes(), progress.step == total_steps
+            bar.advance(loss=loss, tokens_per_second=result.tokens / seconds, memory_bytes=memory)
+            if warning := spikes.check(loss, step=progress.step):
+                metrics.write("warning", progress.step, message=warning)
+                console.print(f"[yellow]step {progress.step}: {warning}")
+            if progress.step % recipe.logging.every == 0 or progress.step == 1 or is_last:
+                metrics.write(
+                    "train", progress.step, epoch=progress.step / loader.steps_per_epoch, loss=loss, learning_rate=rate, grad_norm=norm,
+                    tokens=progress.tokens, supervised_tokens=result.supervised_tokens, tokens_per_second=result.tokens / seconds,
+                    seconds=seconds, peak_memory_bytes=memory,
+                )  # fmt: skip
+
+            better = False
+            if validation is not None and settings.eval_every and (progress.step % settings.eval_every == 0 or is_last):
+                held_out = validation_loss(model, batches(validation, max_tokens=recipe.data.sequence_length * settings.micro_batch_size))
+                metrics.write("eval", progress.step, loss=held_out, perplexity=math.exp(min(held_out, 700.0)))
+                bar.note(f"validation {held_out:.4f}")
+                better = progress.best_loss is None or held_out < progress.best_loss
+                progress = progress.after_evaluation(held_out, better=better)
+                stopped_early = bool(settings.early_stopping) and progress.evaluations_without_better >= settings.early_stopping
+            due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
+            if due or is_last or stopped_early or (better and settings.early_stopping):
+                checkpoints.save(model, optimizer, progress, best=better)
+    metrics.close()
+    if unreached := liveness.unreached():
+        console.print(f"experts that no gradient reached in the first steps: {sum(unreached.values())} in {len(unreached)} modules")
+    return TrainResult(progress.step, loss, progress.best_loss, _choose_weights(model, optimizer, checkpoints, recipe), stopped_early)
+
+
+def count_steps(steps_per_epoch: int, recipe: Recipe) -> int:
+    """Optimiser steps of the whole run."""
+    if steps_per_epoch == 0:
+        raise DataError("data.train: no rows are left to train on; see the rejected rows in data/stats.json")
+    steps = math.ceil(recipe.train.epochs * steps_per_epoch)
+    return min(steps, recipe.train.max_steps or steps)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that the process held: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _choose_weights(model: CausalLM, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints, recipe: Recipe) -> str:
+    """Early stopping means the best weights, otherwise the last ones stay."""
+    best = checkpoints.best() if recipe.train.early_stopping else None
+    if best is None:
+        return "last"
+    checkpoints.load(best, model, optimizer)
+    return "best"

@@ -1,0 +1,75 @@
+"""One optimiser step over a global batch, and the validation loss.
+
+The loss is the sum over supervised tokens divided by their number in the GLOBAL batch, so it does not depend on how the batch is
+cut into micro batches. Gradients accumulate, and are clipped, in fp32: every trainable parameter is fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nemotune.data.loader import Batch
+from nemotune.lora import DropoutKeys
+from nemotune.models import CausalLM
+from nemotune.ops.documents import Documents
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one global batch measured: mean loss per supervised token, tokens seen."""
+
+    loss: float
+    tokens: int
+    supervised_tokens: int
+
+
+def accumulate(model: CausalLM, batches: Sequence[Batch], *, keys: DropoutKeys | None, seed: int, step: int) -> StepResult:
+    """Add the gradients of the global batch's mean loss to the parameters."""
+    supervised = sum(batch.num_supervised for batch in batches)
+    total = 0.0
+    for batch in batches:
+        batch = batch.to(model.device)
+        if keys is not None:
+            documents = Documents(batch.cu_seqlens)
+            keys.set(seed=seed, step=step, documents_T=batch.document_ids[documents.indices_T], positions_T=documents.positions_T)
+        loss = model.loss(model(batch.tokens_T, batch.cu_seqlens), batch.targets_T) / supervised
+        loss.backward()
+        total += loss.item()
+    return StepResult(total, sum(batch.num_tokens for batch in batches), supervised)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """The L2 norm of all gradients together, fp32."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+
+
+def update(parameters: Iterable[nn.Parameter], optimizer: Optimizer, *, learning_rate: float, grad_norm: float, max_grad_norm: float) -> None:
+    """Clip, step and clear the gradients; `max_grad_norm` 0 clips nothing."""
+    if max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(grad_norm))
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def validation_loss(model: CausalLM, batches: Iterable[Batch]) -> float:
+    """Mean loss per supervised token over all batches, dropout off."""
+    was_training = model.training
+    model.eval()
+    total, supervised = 0.0, 0
+    for batch in batches:
+        batch = batch.to(model.device)
+        total += model.loss(model(batch.tokens_T, batch.cu_seqlens), batch.targets_T).item()
+        supervised += batch.num_supervised
+    model.train(was_training)
+    return total / max(supervised, 1)
