@@ -41,6 +41,7 @@ def staged_directory(target: Path, *, overwrite: bool = False, needed_bytes: int
     """
     if target.exists() and not overwrite:
         raise ConflictError(f"{target}: already exists; choose another directory or pass --overwrite")
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     require_space(target.parent, needed_bytes)
     aside = target.with_name(f".{target.name}.partial")
@@ -55,6 +56,9 @@ def staged_directory(target: Path, *, overwrite: bool = False, needed_bytes: int
         _swap(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # only where nothing came of it: a directory in use is not empty
 
 
 def require_space(directory: Path, needed_bytes: int) -> None:

@@ -10,8 +10,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 Format = Literal["medmcqa", "fiqa", "glaive", "squad", "chat", "text", "megatron"]
 Method = Literal["lora", "full", "pretrain"]
@@ -45,10 +55,14 @@ Held = Annotated[Fraction | Source | None, BeforeValidator(_source, json_schema_
 
 
 class Model(Section):
-    """The base: a directory or hub id; `dtype` holds its frozen weights and computes, trained weights are always fp32."""
+    """The base: a directory or hub id; `dtype` holds its frozen weights and computes, trained weights are always fp32.
+
+    `weights: random` draws fresh ones (from train.seed) for pretraining: then config.json and the tokenizer are all that is needed.
+    """
 
     path: str
     revision: str | None = None
+    weights: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     quantization: Literal["none", "nf4"] = "none"
 
@@ -200,7 +214,11 @@ class Recipe(Section):
         if self.data.format == "megatron" and self.method != "pretrain":
             problems.append("data.format: 'megatron' holds tokens without a loss mask, expected method: pretrain")
         if self.method != "lora" and self.model.quantization != "none":
-            problems.append(f"model.quantization: got '{self.model.quantization}', expected none for method: {self.method} (only LoRA leaves the base frozen)")
+            problems.append(
+                f"model.quantization: got '{self.model.quantization}', expected none for method: {self.method} (only LoRA leaves the base frozen)"
+            )
+        if self.model.weights == "random" and self.method != "pretrain":
+            problems.append(f"model.weights: got 'random', expected pretrained for method: {self.method}")
         if self.train.early_stopping and not self.train.eval_every:
             problems.append("train.early_stopping: needs train.eval_every, since it counts evaluations")
         if self.train.eval_every and self.data.validation is None:

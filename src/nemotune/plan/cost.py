@@ -1,0 +1,75 @@
+"""What a recipe trains and holds, computed from the model's real config on the meta device: exact counts, no weights read.
+
+Memory of activations is not part of it: it depends on the batch's lengths, and an arithmetic guess would look like a measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from nemotune.lora import Coverage, apply_lora, coverage
+from nemotune.models import build_model, locate, read_config
+from nemotune.recipe import Recipe
+
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # two moments per trained parameter (8-bit: plus 4 bytes per block of 256)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of weights as held (frozen ones in model.dtype, trained ones fp32), gradients and optimiser state; parameter counts."""
+
+    coverage: Coverage
+    trained_parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+def estimate(recipe: Recipe) -> Cost:
+    """The cost of `recipe`. Needs config.json alone; raises RecipeError for LoRA targets that match nothing."""
+    model = build_model(read_config(locate(recipe.model.path, recipe.model.revision)))
+    base = sum(p.numel() for p in model.parameters())
+    frozen_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
+    if recipe.method == "lora":
+        apply_lora(model, recipe.lora)
+    covered = coverage(model)
+    trained = covered.parameters if recipe.method == "lora" else base
+    frozen = base if recipe.method == "lora" else 0
+    return Cost(
+        coverage=covered,
+        trained_parameters=trained,
+        weight_bytes=frozen * frozen_bytes + trained * 4,
+        gradient_bytes=trained * 4,
+        optimizer_bytes=trained * OPTIMIZER_BYTES[recipe.train.optimizer],
+    )
+
+
+def cost_table(cost: Cost) -> Table:
+    """The bytes as people read them."""
+    table = Table(title="Memory before activations", title_justify="left", header_style="bold")
+    table.add_column("what")
+    table.add_column("GB", justify="right")
+    for what, size in (("weights", cost.weight_bytes), ("gradients", cost.gradient_bytes), ("optimiser", cost.optimizer_bytes), ("total", cost.total_bytes)):
+        table.add_row(what, f"{size / 1e9:,.3f}")
+    return table
+
+
+def coverage_table(covered: Coverage) -> Table:
+    """Block type by block type, what LoRA reaches."""
+    table = Table(title="LoRA coverage", title_justify="left", header_style="bold")
+    for heading in ("block type", "layers", "modules", "adapted", "parameters", "MB"):
+        table.add_column(heading, justify="left" if heading == "block type" else "right")
+    for row in covered.rows:
+        style = None if row.adapted else "dim"
+        table.add_row(
+            row.block_type, str(row.layers), str(row.modules), str(row.adapted), f"{row.parameters:,}", f"{row.bytes / 1e6:,.2f}", style=style
+        )
+    share = covered.parameters / covered.base_parameters
+    table.caption = f"{covered.parameters:,} of {covered.base_parameters:,} parameters train ({share:.2%})"
+    return table

@@ -1,0 +1,1 @@
+"""The stages of a run in order, meeting through files in the run directory. Read `stages.py` from `run` on."""

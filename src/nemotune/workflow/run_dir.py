@@ -1,0 +1,83 @@
+"""The run directory's identity: recipe.json says what the run is, and a resumed run has to be the same one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemotune.errors import ConflictError
+from nemotune.files import write_json
+from nemotune.plan import environment
+from nemotune.recipe import Recipe, dump
+
+MAY_CHANGE = ("train.max_steps", "train.epochs", "logging.", "evaluate.", "export.")  # what a resumed run may have otherwise
+TRAINED = ("metrics.jsonl", "tensorboard", "checkpoints", "adapter", "model", "eval", "export", "report.html", "coverage.json")
+
+
+def is_begun(run_dir: Path) -> bool:
+    """Whether training was started there."""
+    return (run_dir / "metrics.jsonl").is_file()
+
+
+def refuse_begun(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    """A second start is a choice. Raises ConflictError where none was made, before any work."""
+    if is_begun(run_dir) and not (resume or overwrite):
+        raise ConflictError(f"{run_dir}: holds a run already; --resume goes on with it, --overwrite starts anew, name=... keeps both")
+
+
+def open_run(recipe: Recipe, run_dir: Path, *, fingerprint: str, resume: bool, overwrite: bool) -> None:
+    """Make `run_dir` ready to train in and record the run.
+
+    Raises ConflictError where a resumed recipe or its data differ from the recorded ones, naming the keys.
+    """
+    if resume and is_begun(run_dir):
+        _require_same(recipe, json.loads((run_dir / "recipe.json").read_text(encoding="utf-8")), fingerprint, run_dir)
+    elif overwrite:
+        discard(run_dir)
+    record = {"recipe": dump(recipe), "data_fingerprint": fingerprint, "code_revision": _code_revision()}
+    write_json(run_dir / "recipe.json", record)
+    write_json(run_dir / "environment.json", environment.describe())
+
+
+def discard(run_dir: Path) -> None:
+    """Remove what training and the stages after it left; prepared data stay."""
+    for name in TRAINED:
+        path = run_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _require_same(recipe: Recipe, recorded: dict[str, Any], fingerprint: str, run_dir: Path) -> None:
+    before, now = dict(_flat(recorded["recipe"])), dict(_flat(dump(recipe)))
+    problems = [
+        f"{key}: got {now.get(key)!r}, the run was begun with {before.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if recorded["data_fingerprint"] != fingerprint:
+        problems.append("data: the rows, template or tokenizer have changed since the run was begun")
+    if problems:
+        raise ConflictError("\n".join([*problems, f"{run_dir}: cannot be resumed with other settings; restore them, or use --overwrite or another name"]))
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, tree
+
+
+def _code_revision() -> str | None:
+    """The commit of the code, where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,141 @@
+"""Each stage of a run, and `run`, which does them in order: data, plan, train, eval, export, report.
+
+Stages meet through files in the run directory, so each runs alone and any one can be done again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from nemotune.data import preview
+from nemotune.data.prepare import Prepared, prepare
+from nemotune.data.progress import progress
+from nemotune.engines import native
+from nemotune.errors import ConflictError, MissingFileError, UnsupportedError
+from nemotune.evaluate import compare_files, comparison_table, summary_table
+from nemotune.evaluate import run as run_evaluation
+from nemotune.export.merge import merge as merge_files
+from nemotune.export.merge import plan_merge
+from nemotune.lora import load_adapter
+from nemotune.models import load_model, load_tokenizer, locate
+from nemotune.plan.cost import cost_table, coverage_table, estimate
+from nemotune.recipe import Recipe
+from nemotune.workflow.run_dir import open_run, refuse_begun
+
+
+def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
+    """The whole run. With `dry_run`, the plan and the list of what would be written."""
+    if dry_run:
+        plan(recipe, console=console)
+        console.print(f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {_trained_name(recipe)}, eval, export, report.html")
+        return
+    refuse_begun(run_dir, resume=resume, overwrite=overwrite)
+    data(recipe, run_dir=run_dir, show=0, overwrite=overwrite, dry_run=False, console=console)
+    plan(recipe, console=console)
+    train(recipe, run_dir=run_dir, resume=resume, overwrite=overwrite, dry_run=False, console=console)
+    evaluate(recipe, run_dir=run_dir, overwrite=True, dry_run=False, console=console)
+    if recipe.export.merged and recipe.method == "lora":
+        merge(recipe, run_dir=run_dir, output=None, overwrite=True, dry_run=False, console=console)
+    report(run_dir, console=console)
+
+
+def data(recipe: Recipe, *, run_dir: Path, show: int, overwrite: bool, dry_run: bool, console: Console) -> None:
+    """Prepare the rows into `run_dir/data` and show what they became."""
+    if dry_run:
+        console.print(f"would prepare {recipe.data.train.path} into {run_dir / 'data'}")
+        return
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
+    preview.show(prepared, tokenizer, console, samples=show)
+    _wrote(console, run_dir / "data", then=f"nemotune train {recipe.name}")
+
+
+def plan(recipe: Recipe, *, console: Console) -> None:
+    """What the recipe trains and what it holds in memory."""
+    cost = estimate(recipe)
+    if recipe.method == "lora":
+        console.print(coverage_table(cost.coverage))
+    console.print(cost_table(cost))
+
+
+def train(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
+    """Train on the prepared rows, preparing them first where they are not there."""
+    if dry_run:
+        plan(recipe, console=console)
+        console.print(f"would write {run_dir / _trained_name(recipe)}")
+        return
+    refuse_begun(run_dir, resume=resume, overwrite=overwrite)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
+    open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
+    result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=console)
+    ended = "stopped early" if result.stopped_early else "finished"
+    console.print(f"{ended} after {result.steps} steps; the {result.weights} weights are kept")
+    _wrote(console, run_dir / _trained_name(recipe), then=f"nemotune eval {run_dir}")
+
+
+def evaluate(recipe: Recipe, *, run_dir: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
+    """Score the tuned model, and its base if asked, on the held-out rows; compare the two."""
+    eval_dir, trained = run_dir / "eval", run_dir / _trained_name(recipe)
+    if dry_run:
+        console.print(f"would evaluate {', '.join(recipe.evaluate.tasks)} into {eval_dir}")
+        return
+    if (eval_dir / "tuned.jsonl").is_file() and not overwrite:
+        raise ConflictError(f"{eval_dir}: holds an evaluation already; --overwrite replaces it")
+    if not trained.is_dir():
+        raise MissingFileError(f"{trained}: nothing trained yet; `nemotune train` comes first")
+    prepared = _prepared(run_dir)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    baseline = recipe.evaluate.baseline and recipe.model.weights == "pretrained"
+    device = native.default_device()
+    if baseline or recipe.method == "lora":
+        model = load_model(recipe.model.path, dtype=recipe.model.dtype, revision=recipe.model.revision, device=device).eval()
+        if baseline:
+            run_evaluation(model, tokenizer, recipe, prepared, label="base", out_dir=eval_dir)
+        if recipe.method == "lora":
+            load_adapter(model, trained)
+    if recipe.method != "lora":
+        model = load_model(trained, dtype=recipe.model.dtype, device=device)
+    summary = run_evaluation(model.eval(), tokenizer, recipe, prepared, label="tuned", out_dir=eval_dir)
+    console.print(comparison_table(compare_files(eval_dir, seed=recipe.train.seed)) if baseline else summary_table(summary, label="tuned"))
+    _wrote(console, eval_dir, then=f"nemotune report {run_dir}")
+
+
+def merge(recipe: Recipe, *, run_dir: Path, output: Path | None, overwrite: bool, dry_run: bool, console: Console) -> None:
+    """Write base + adapter as a Hugging Face directory."""
+    if recipe.method != "lora":
+        raise UnsupportedError(f"method: {recipe.method} leaves a whole model in {run_dir / 'model'}; there is nothing to merge")
+    base, adapter, target = locate(recipe.model.path, recipe.model.revision), run_dir / "adapter", output or run_dir / "export" / "merged"
+    planned = plan_merge(base, adapter)
+    size = f"{planned.write.num_bytes / 1e9:.2f} GB, {len(planned.updates)} of {len(planned.write.tensors)} tensors updated"
+    if dry_run:
+        console.print(f"would write {target}: {size}")
+        return
+    with progress("merging", total=planned.write.num_bytes) as advance:
+        merge_files(base, adapter, target, overwrite=overwrite, done=advance)
+    console.print(f"merged: {size}")
+    _wrote(console, target, then=f"transformers serve {target}")
+
+
+def report(run_dir: Path, *, console: Console) -> None:
+    """Write report.html from what the run left."""
+    from nemotune.evaluate.report import write_report
+
+    write_report(run_dir)
+    _wrote(console, run_dir / "report.html", then="open it in a browser")
+
+
+def _prepared(run_dir: Path) -> Prepared:
+    if not (run_dir / "data" / "stats.json").is_file():
+        raise MissingFileError(f"{run_dir / 'data'}: no prepared data; `nemotune data` comes first")
+    return Prepared.load(run_dir / "data")
+
+
+def _trained_name(recipe: Recipe) -> str:
+    return "adapter" if recipe.method == "lora" else "model"
+
+
+def _wrote(console: Console, path: Path, *, then: str) -> None:
+    console.print(f"[green]wrote[/] {path}   next: [bold]{then}[/]", soft_wrap=True)

@@ -1,0 +1,82 @@
+"""The merged directory in transformers gives what the adapter gives in ours; what was not adapted keeps its bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_models import make, relative, with_our_dt_limits
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from nemotune.errors import CheckpointError, ConflictError
+from nemotune.export.merge import merge
+from nemotune.lora import apply_lora, lora_modules, save_adapter
+from nemotune.models import load_model
+from nemotune.recipe import Lora
+
+TOKENS = torch.randint(0, 96, (29,), generator=torch.Generator().manual_seed(1))
+BORDERS = torch.tensor([0, 29], dtype=torch.int32)
+ALL = Lora(rank=4, alpha=8, targets=("attention", "mamba", "mlp", "shared_experts", "experts"))
+
+
+def with_adapter(path, variant, lora, *, dtype="float32"):
+    """A base saved in shards by transformers, our model with a random adapter on it, and the adapter saved."""
+    make(variant).to(getattr(torch, dtype)).save_pretrained(path / "base", max_shard_size="20KB")
+    model = load_model(path / "base", dtype="float32")
+    apply_lora(model, lora)
+    with torch.no_grad():
+        for _, layer in lora_modules(model):
+            layer.lora_B.normal_(0, 0.2, generator=torch.Generator().manual_seed(3))
+    save_adapter(model, path / "adapter", lora, base=str(path / "base"))
+    return model.eval()
+
+
+@pytest.mark.parametrize("variant, lora", [("hybrid", ALL), ("latent", Lora(rank=4, alpha=8)), ("llama", Lora(rank=4)), ("llama_tied", Lora(rank=4))])
+def test_merged_logits_equal_adapter_logits(variant, lora, tmp_path):
+    ours = with_adapter(tmp_path, variant, lora)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    theirs = with_our_dt_limits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval())
+    assert relative(theirs(TOKENS[None], use_cache=False).logits[0], ours.logits(ours(TOKENS, BORDERS))) < 1e-4
+
+
+def test_untouched_tensors_and_shards_keep_their_bytes(tmp_path):
+    with_adapter(tmp_path, "hybrid", Lora(rank=4, alpha=8, targets=("attention", "experts")), dtype="bfloat16")
+    plan = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    files = {path.name for path in (tmp_path / "base").glob("*.safetensors")}
+    assert files == {path.name for path in (tmp_path / "merged").glob("*.safetensors")} and len(files) > 1
+    changed = 0
+    for file in files:
+        before, after = load_file(tmp_path / "base" / file), load_file(tmp_path / "merged" / file)
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert tensor.dtype == after[name].dtype
+            same = torch.equal(tensor, after[name])
+            assert same == (name not in plan.updates), name
+            changed += not same
+    assert changed == len(plan.updates) == 4 + 2 * 2 * 6
+
+
+def test_a_merge_does_not_overwrite_unless_asked(tmp_path):
+    with_adapter(tmp_path, "llama", Lora(rank=4))
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine.txt").write_text("keep")
+    with pytest.raises(ConflictError, match="--overwrite"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert (tmp_path / "merged" / "mine.txt").read_text() == "keep"
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", overwrite=True)
+    assert not (tmp_path / "merged" / "mine.txt").exists()
+
+
+def test_a_wrong_shaped_adapter_is_named_and_leaves_nothing(tmp_path):
+    with_adapter(tmp_path, "llama", Lora(rank=4))
+    make("llama_plain_rope").save_pretrained(tmp_path / "other")
+    shard = tmp_path / "adapter" / "adapter_model.safetensors"
+    from safetensors.torch import save_file
+
+    tensors = load_file(shard)
+    key = next(key for key in tensors if key.endswith("layers.1.self_attn.q_proj.lora_A.weight"))
+    tensors[key] = tensors[key][:, :-1].contiguous()
+    save_file(tensors, shard)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj.*expected"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))
