@@ -23,12 +23,18 @@ class DropoutKeys:
     """One key per token of the micro batch at hand, shared by all adapters of a model; set before each forward."""
 
     def __init__(self) -> None:
-        self.keys_T: Tensor | None = None
+        self._keys_T: Tensor | None = None
+
+    @property
+    def of_tokens(self) -> Tensor:
+        """The keys [T] of the row at hand."""
+        assert self._keys_T is not None, "DropoutKeys.set comes before a training forward"
+        return self._keys_T
 
     def set(self, *, seed: int, step: int, documents_T: Tensor, positions_T: Tensor) -> None:
         """Key each token by its document's index in the split and its position in the document."""
         run = mix(torch.tensor(seed, dtype=torch.int64) * GOLDEN + step)
-        self.keys_T = mix(mix(run.to(documents_T.device) + documents_T.long() * GOLDEN) + positions_T.long())
+        self._keys_T = mix(mix(run.to(documents_T.device) + documents_T.long() * GOLDEN) + positions_T.long())
 
 
 def dropout(x_MD: Tensor, keys_M: Tensor, *, probability: float, module: int) -> Tensor:

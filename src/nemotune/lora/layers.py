@@ -53,10 +53,11 @@ class LoRALayer(nn.Module):
         self.base.weight.copy_(self.base.weight.float() + self.delta())
         return self.base
 
-    def _drop(self, x: Tensor, keys_M: Tensor | None) -> Tensor:
-        if not (self.training and self.probability):
-            return x
-        assert keys_M is not None, "DropoutKeys.set comes before a training forward"
+    @property
+    def drops(self) -> bool:
+        return self.training and self.probability > 0
+
+    def _drop(self, x: Tensor, keys_M: Tensor) -> Tensor:
         return dropout(x, keys_M, probability=self.probability, module=self.module_id)
 
 
@@ -64,7 +65,8 @@ class LoRALinear(LoRALayer):
     """LoRA on a linear layer."""
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        low_TR = F.linear(self._drop(x_TI, self.keys.keys_T), self.lora_A.to(x_TI.dtype))
+        dropped_TI = self._drop(x_TI, self.keys.of_tokens) if self.drops else x_TI
+        low_TR = F.linear(dropped_TI, self.lora_A.to(x_TI.dtype))
         return self.base(x_TI) + F.linear(low_TR, self.lora_B.to(x_TI.dtype)) * self.scale
 
 
@@ -72,14 +74,15 @@ class LoRAExperts(LoRALayer):
     """LoRA on one projection of all experts: A [E, rank, in] and B [E, out, rank], two more grouped products."""
 
     def forward(self, x_MI: Tensor, sent: Dispatch) -> Tensor:
-        keys_M = None if self.keys.keys_T is None else self._expert_keys(self.keys.keys_T, sent)
-        low_MR = grouped_linear(self._drop(x_MI, keys_M), self.lora_A, sent.counts)
+        dropped_MI = self._drop(x_MI, expert_keys(self.keys.of_tokens, sent)) if self.drops else x_MI
+        low_MR = grouped_linear(dropped_MI, self.lora_A, sent.counts)
         return self.base(x_MI, sent) + grouped_linear(low_MR, self.lora_B, sent.counts) * self.scale
 
-    @staticmethod
-    def _expert_keys(keys_T: Tensor, sent: Dispatch) -> Tensor:
-        experts_M = torch.repeat_interleave(torch.tensor(sent.counts, device=keys_T.device))
-        return mix(keys_T[sent.tokens_M] + (experts_M + 1) * GOLDEN)
+
+def expert_keys(keys_T: Tensor, sent: Dispatch) -> Tensor:
+    """A key per row sorted by expert: its token's, told apart by the expert."""
+    experts_M = torch.repeat_interleave(torch.tensor(sent.counts, device=keys_T.device))
+    return mix(keys_T[sent.tokens_M] + (experts_M + 1) * GOLDEN)
 
 
 def wrap(base: nn.Module, lora: Lora, *, name: str, keys: DropoutKeys, seed: int) -> LoRALayer:
