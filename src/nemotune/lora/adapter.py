@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nemotune.errors import CheckpointError, MissingFileError
@@ -27,6 +27,7 @@ from nemotune.lora.layers import LoRAExperts, LoRALayer, lora_modules
 from nemotune.lora.targets import apply_lora
 from nemotune.models.base import CausalLM
 from nemotune.recipe import Lora
+from nemotune.weights import TensorInfo, WritePlan, write_checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -59,10 +60,11 @@ def save_adapter(model: CausalLM, directory: Path, lora: Lora, *, base: str, ove
         A, B = layer.lora_A.detach().cpu(), layer.lora_B.detach().cpu()
         if isinstance(layer, LoRAExperts):
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = A.contiguous(), B.contiguous()
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = A, B
     assert len(tensors) == 2 * len(layers), "two modules of one name"
-    with staged_directory(directory, overwrite=overwrite, needed_bytes=sum(t.nbytes for t in tensors.values())) as aside:
-        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+    plan = WritePlan(tuple(TensorInfo(key, WEIGHTS, "F32", tuple(tensor.shape)) for key, tensor in tensors.items()))
+    with staged_directory(directory, overwrite=overwrite, needed_bytes=plan.num_bytes) as aside:
+        write_checkpoint(aside, plan, lambda info: tensors[info.name])
         (aside / CONFIG).write_text(json.dumps(_peft_config(layers, lora, model, base), indent=2) + "\n", encoding="utf-8")
     return [OUT_PROJ_NOTE] if any(name.endswith(".out_proj") for name in layers) else []
 

@@ -28,12 +28,18 @@ class LoRALayer(nn.Module):
         self.scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
         self.probability, self.keys, self.module_id = lora.dropout, keys, zlib.crc32(name.encode())
         experts = (base.num_experts,) if isinstance(base, GroupedLinear) else ()
-        generator = torch.Generator().manual_seed(seed * 2**32 + self.module_id)  # the same start under any order of modules
-        bound = 1 / math.sqrt(base.in_features)  # Kaiming uniform with a = sqrt(5), as PEFT starts
-        A = torch.rand(*experts, lora.rank, base.in_features, generator=generator).mul(2 * bound).sub(bound)
         device = base.weight.device
-        self.lora_A = nn.Parameter(A.to(device))
+        self.lora_A = nn.Parameter(torch.empty(*experts, lora.rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(*experts, base.out_features, lora.rank, device=device))
+        if device.type != "meta":
+            self._draw(seed)
+
+    @torch.no_grad()
+    def _draw(self, seed: int) -> None:
+        """A as PEFT draws it, Kaiming uniform with a = sqrt(5): the same for a module under any order of modules; B stays zero."""
+        generator = torch.Generator().manual_seed(seed * 2**32 + self.module_id)
+        bound = 1 / math.sqrt(self.in_features)
+        self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator) * 2 * bound - bound)
 
     @property
     def in_features(self) -> int:

@@ -54,7 +54,7 @@ def load_model(
     held_dtype = torch.float32 if trainable else model.compute_dtype
     if random_seed is None:
         model.source = Checkpoint(directory)
-        _check(model, model.source)
+        check_weights(model, model.source)
     for name, meta in _state(model).items():
         tensor = torch.empty(meta.shape, dtype=torch.float32 if model.stays_fp32(name) else held_dtype, device=device)
         if model.source is not None:
@@ -118,7 +118,7 @@ def _disk_name(piece: Piece, model: CausalLM) -> str:
     return piece.name
 
 
-def _check(model: CausalLM, source: Checkpoint) -> None:
+def check_weights(model: CausalLM, source: Checkpoint) -> None:
     """Every tensor that the model needs is there in its shape, and every tensor that is there is needed or known to be unused."""
     problems, used, state = [], set(), _state(model)
     for disk_name, (name, index) in disk_pieces(model):

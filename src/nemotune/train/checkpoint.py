@@ -53,7 +53,7 @@ class Checkpoints:
         name = f"step_{progress.step:06}"
         with staged_directory(self.directory / name, overwrite=True) as aside:
             with _quiet():
-                dcp.save(_state(model, optimizer), checkpoint_id=str(aside), no_dist=True)
+                _save(_state(model, optimizer), aside)
             write_json(aside / "trainer.json", asdict(progress))
         for pointer in ("latest", "best") if best else ("latest",):
             with atomic_file(self.directory / pointer) as file:
@@ -88,6 +88,14 @@ class Checkpoints:
         for path in sorted(self.directory.glob("step_*"))[: -self.keep]:
             if path != best:
                 shutil.rmtree(path)
+
+
+def _save(state: dict[str, Any], directory: Path) -> None:
+    try:
+        dcp.save(state, checkpoint_id=str(directory), no_dist=True)
+    except dcp.api.CheckpointException as error:  # it wraps each process's own error: here there is one
+        cause = next(iter(error.failures.values()))[0]
+        raise cause from error
 
 
 def _state(model: CausalLM, optimizer: Optimizer) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def write_checkpoint(directory: Path, plan: WritePlan, read: Callable[[TensorInf
             for info in tensors:
                 shard.write(_bytes(read(info), info))
                 done(info.num_bytes)
-    if set(by_file) != {SINGLE_FILE}:
+    if len(by_file) > 1:
         index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": {info.name: info.file for info in plan.tensors}}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -32,6 +32,7 @@ def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run
         console.print(f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {_trained_name(recipe)}, eval, export, report.html")
         return
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
+    estimate(recipe)  # a target or a config that does not fit is told before the rows are read
     data(recipe, run_dir=run_dir, show=0, overwrite=overwrite, dry_run=False, console=console)
     plan(recipe, console=console)
     train(recipe, run_dir=run_dir, resume=resume, overwrite=overwrite, dry_run=False, console=console)

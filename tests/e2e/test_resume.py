@@ -1,0 +1,68 @@
+"""Nothing is lost when the power goes: a killed run continues the very trace of an uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+from safetensors.torch import load_file
+
+from nemotune.train.metrics import read_metrics
+
+TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
+
+
+def trace(run_dir):
+    """The metrics rows without what a clock measured."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(run_dir)]
+
+
+def kill_after(process, run_dir, step):
+    """Kill -9 once `step` is in the metrics."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(row["step"] >= step for row in read_metrics(run_dir)):
+            break
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_resume_equals_uninterrupted(nemotune, recipe_file, tmp_path):
+    whole = nemotune("train", recipe_file, "name=whole")
+    assert whole.returncode == 0, whole.stdout
+    killed = nemotune("train", recipe_file, "name=killed", wait=False)
+    kill_after(killed, tmp_path / "runs" / "killed", 7)
+    rows_at_kill = read_metrics(tmp_path / "runs" / "killed")
+    assert 7 <= rows_at_kill[-1]["step"] < 12, "killed in the middle"
+    resumed = nemotune("train", recipe_file, "name=killed", "--resume")
+    assert resumed.returncode == 0, resumed.stdout
+    assert "resumed after step" in resumed.stdout
+    assert trace(tmp_path / "runs" / "killed") == trace(tmp_path / "runs" / "whole")
+    adapters = [load_file(tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed")]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+
+
+def test_a_second_start_is_a_choice_and_a_changed_recipe_is_named(nemotune, recipe_file, chat_rows, tmp_path):
+    assert nemotune("train", recipe_file, "train.max_steps=4").returncode == 0
+    again = nemotune("train", recipe_file, "train.max_steps=4")
+    assert again.returncode == 2 and "--resume" in again.stdout and "--overwrite" in again.stdout
+    changed = nemotune("train", recipe_file, "train.max_steps=4", "--resume", "train.learning_rate=0.5", "lora.rank=8")
+    assert changed.returncode == 2
+    assert "train.learning_rate: got 0.5, the run was begun with 0.01" in changed.stdout and "lora.rank" in changed.stdout
+    data = nemotune("train", recipe_file, "train.max_steps=4", "--resume", "data.sequence_length=128")
+    assert data.returncode == 2 and "data.sequence_length" in data.stdout
+    longer = nemotune("train", recipe_file, "train.max_steps=6", "logging.every=2", "--resume")
+    assert longer.returncode == 0, longer.stdout
+    assert read_metrics(tmp_path / "runs" / "trial")[-1]["step"] == 6
+
+
+def test_a_torn_checkpoint_is_passed_over(nemotune, recipe_file, tmp_path):
+    assert nemotune("train", recipe_file, "train.max_steps=6").returncode == 0
+    checkpoints = tmp_path / "runs" / "trial" / "checkpoints"
+    newest = max(checkpoints.glob("step_*"))
+    (newest / "trainer.json").unlink()
+    resumed = nemotune("train", recipe_file, "train.max_steps=6", "--resume")
+    assert resumed.returncode == 0 and "resumed after step 3" in resumed.stdout

@@ -1,0 +1,87 @@
+"""config.json in every spelling, and what a wrong one says."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from nemotune.errors import CheckpointError, MissingFileError
+from nemotune.models import LlamaConfig, parse_config, read_config
+from nemotune.ops.rope import Llama3Scaling
+
+HYBRID = {
+    "model_type": "nemotron_h", "vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 48, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2,
+    "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40,
+}  # fmt: skip
+LLAMA = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"hybrid_override_pattern": "ME*-"},
+        {"hybrid_override_pattern": "ME|*-/*E"},
+        {"layers_block_type": ["mamba", "moe", "attention", "mlp"]},
+        {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    ],
+)
+def test_block_types_are_read_in_every_spelling(spelling):
+    assert parse_config({**HYBRID, **spelling}).block_types == ("mamba", "moe", "attention", "mlp")
+
+
+@pytest.mark.parametrize("key", ["n_groups", "mamba_n_groups", "mamba_num_groups"])
+def test_groups_are_read_in_every_spelling(key):
+    config = {**HYBRID, "hybrid_override_pattern": "M"}
+    del config["n_groups"]
+    assert parse_config({**config, key: 4}).n_groups == 4
+
+
+def test_infinity_is_read_as_transformers_5_writes_it():
+    config = parse_config({**HYBRID, "hybrid_override_pattern": "M", "time_step_limit": [0.0, {"__float__": "Infinity"}]})
+    assert config.time_step_limit == (0.0, math.inf)
+    assert parse_config({**HYBRID, "hybrid_override_pattern": "M"}).time_step_limit == (0.0, math.inf)
+
+
+def test_mamba_width_is_heads_times_head_dim_whatever_expand_says():
+    assert parse_config({**HYBRID, "hybrid_override_pattern": "M", "expand": 7}).mamba_inner_size == 64
+
+
+ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [{"rope_theta": 5e5, "rope_scaling": {**ROPE, "rope_type": "llama3"}}, {"rope_parameters": {**ROPE, "rope_type": "llama3", "rope_theta": 5e5}}],
+)
+def test_rope_is_read_in_both_spellings(spelling):
+    config = parse_config({**LLAMA, **spelling})
+    assert isinstance(config, LlamaConfig)
+    assert config.rope_theta == 5e5 and config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model_type": "mistral"}, "model_type: got 'mistral', expected one of nemotron_h, llama"),
+        ({"hybrid_override_pattern": "MX"}, "unknown block type 'X'"),
+        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act: got 'silu', expected 'relu2'"),
+        ({"ssm_state_size": None}, "no 'ssm_state_size'"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(change, words, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**HYBRID, "hybrid_override_pattern": "ME", **change}))
+    with pytest.raises(CheckpointError, match=words):
+        read_config(tmp_path)
+
+
+def test_unknown_rope_scaling_is_refused_rather_than_ignored():
+    with pytest.raises(CheckpointError, match="yarn"):
+        parse_config({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+
+
+def test_no_config_is_a_missing_file(tmp_path):
+    with pytest.raises(MissingFileError, match="config.json"):
+        read_config(tmp_path)

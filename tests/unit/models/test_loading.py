@@ -1,0 +1,101 @@
+"""Every tensor on disk has a home or is kept; nothing is dropped, renamed or held twice."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from random_models import make
+from safetensors.torch import load_file, save_file
+
+from nemotune.errors import CheckpointError, MissingFileError
+from nemotune.models import load_model, locate, save_model
+from nemotune.weights import Checkpoint
+
+
+@pytest.fixture
+def hybrid(tmp_path):
+    make("hybrid").save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def change(directory, edit):
+    """Edit the tensors of a one-file checkpoint."""
+    tensors = load_file(directory / "model.safetensors")
+    save_file(edit(tensors), directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_multi_token_prediction_is_kept_and_written_back(hybrid, tmp_path):
+    extra = {"mtp.layers.0.eh_proj.weight": torch.randn(4, 6).bfloat16(), "mtp.layers.0.enorm.weight": torch.randn(4)}
+    change(hybrid, lambda tensors: {**tensors, **extra})
+    model = load_model(hybrid, dtype="float32")
+    assert not any("mtp" in name for name in model.state_dict())
+    save_model(model, tmp_path / "ours")
+    after = load_file(tmp_path / "ours" / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in extra.items())
+
+
+def test_an_unknown_tensor_is_an_error(hybrid):
+    change(hybrid, lambda tensors: {**tensors, "backbone.layers.0.mixer.surprise": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=r"backbone\.layers\.0\.mixer\.surprise: has no place"):
+        load_model(hybrid)
+
+
+def test_every_problem_is_told_at_once(hybrid):
+    def edit(tensors):
+        del tensors["backbone.norm_f.weight"]
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].contiguous()
+        return tensors
+
+    change(hybrid, edit)
+    with pytest.raises(CheckpointError) as error:
+        load_model(hybrid)
+    assert "2 tensors do not fit" in str(error.value)
+    assert "backbone.norm_f.weight: missing, expected shape (32,)" in str(error.value)
+    assert "lm_head.weight: got shape (95, 32), expected (96, 32)" in str(error.value)
+
+
+def test_names_that_other_tools_write_load_and_are_kept(hybrid, tmp_path):
+    before = load_model(hybrid, dtype="float32")
+    change(hybrid, lambda tensors: {name.replace("backbone.", "model."): tensor for name, tensor in tensors.items()})
+    renamed = load_model(hybrid, dtype="float32")
+    assert all(torch.equal(tensor, renamed.state_dict()[name]) for name, tensor in before.state_dict().items())
+    save_model(renamed, tmp_path / "ours")
+    assert Checkpoint(tmp_path / "ours").tensors.keys() == Checkpoint(hybrid).tensors.keys()
+
+
+def test_loading_holds_one_tensor_beside_the_model(hybrid, monkeypatch):
+    alive: weakref.WeakSet = weakref.WeakSet()
+    counts, read = [], Checkpoint.read
+
+    def counted(self, name):
+        tensor = read(self, name)
+        counts.append(len(alive))
+        alive.add(tensor)
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    load_model(hybrid)
+    assert len(counts) > 20 and max(counts) <= 1
+
+
+def test_precision_that_must_hold_is_held_whatever_the_dtype(hybrid):
+    model = load_model(hybrid, dtype="bfloat16")
+    for name, tensor in model.state_dict().items():
+        fp32 = name.endswith(("A_log", ".D", "dt_bias", "e_score_correction_bias"))
+        assert tensor.dtype == (torch.float32 if fp32 else torch.bfloat16), name
+
+
+def test_drawn_weights_repeat_with_their_seed(hybrid):
+    one, same, other = (load_model(hybrid, dtype="float32", random_seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in one.items())
+    decay = one["backbone.layers.0.mixer.A_log"].exp()
+    assert decay.min() >= 1 and decay.max() <= 16
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "one/two/three"])
+def test_a_path_that_is_nothing_is_named(path):
+    with pytest.raises(MissingFileError, match="model.path"):
+        locate(path)

@@ -1,0 +1,85 @@
+"""Reading shards by header and writing them tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemotune.errors import CheckpointError, MissingFileError
+from nemotune.weights import Checkpoint, Stack, WritePlan, write_checkpoint
+from nemotune.weights.mapping import pieces_of
+
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.tensor(3.0, dtype=torch.bfloat16),
+    "c": torch.arange(5, dtype=torch.int64), "d": torch.tensor([True, False]), "e": torch.zeros(0, 4, dtype=torch.float16),
+}  # fmt: skip
+ROWS = [("a", "F32", (2, 3)), ("b", "BF16", ()), ("c", "I64", (5,)), ("d", "BOOL", (2,)), ("e", "F16", (0, 4))]
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 30])
+def test_what_is_written_is_read_by_safetensors_and_by_us(tmp_path, max_shard_bytes):
+    plan = WritePlan.in_shards(ROWS, max_shard_bytes=max_shard_bytes)
+    written = []
+    write_checkpoint(tmp_path, plan, lambda info: TENSORS[info.name], done=written.append)
+    theirs = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    ours = Checkpoint(tmp_path)
+    assert theirs.keys() == ours.tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(theirs[n], t) and torch.equal(ours.read(n), t) and ours.tensors[n].shape == t.shape for n, t in TENSORS.items())
+    assert sum(written) == plan.num_bytes == ours.num_bytes
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_bytes == 30)
+
+
+def sharded(path):
+    save_file({"a": torch.ones(2)}, path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.ones(2)}, path / "model-00002-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(MissingFileError, match="1 of 2 shards are missing, first model-00002-of-00002"):
+        Checkpoint(tmp_path)
+
+
+def test_an_index_that_promises_more_than_the_shards_hold_is_refused(tmp_path):
+    index = sharded(tmp_path)
+    index["weight_map"]["c"] = index["weight_map"]["a"]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="first c"):
+        Checkpoint(tmp_path)
+
+
+def test_an_index_cannot_point_outside_its_directory(tmp_path):
+    index = sharded(tmp_path)
+    index["weight_map"]["a"] = "../secret.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="secret"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b"\xff" * 8 + b[8:], lambda b: b[:4], lambda b: b""])
+def test_a_damaged_shard_is_named(tmp_path, damage):
+    save_file({"a": torch.ones(20)}, tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match="model.safetensors: cannot be read"):
+        Checkpoint(tmp_path)
+
+
+def test_only_safetensors_are_read(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(MissingFileError, match="only safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_stacked_parameters_have_a_piece_per_expert():
+    stacks = (Stack(r"(.*\.experts)\.((?:up|down)_proj\.weight)"),)
+    pieces = pieces_of("layers.1.mixer.experts.up_proj.weight", (3, 8, 4), stacks)
+    assert [(p.name, p.index) for p in pieces] == [(f"layers.1.mixer.experts.{e}.up_proj.weight", e) for e in range(3)]
+    assert [(p.name, p.index) for p in pieces_of("layers.1.norm.weight", (8,), stacks)] == [("layers.1.norm.weight", None)]
