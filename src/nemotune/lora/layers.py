@@ -72,8 +72,8 @@ class LoRALinear(LoRALayer):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         dropped_TI = self._drop(x_TI, self.keys.of_tokens) if self.drops else x_TI
-        low_TR = F.linear(dropped_TI, self.lora_A.to(x_TI.dtype))
-        return self.base(x_TI) + F.linear(low_TR, self.lora_B.to(x_TI.dtype)) * self.scale
+        low_TR = F.linear(dropped_TI, self.lora_A.to(x_TI.dtype)) * self.scale
+        return self.base(x_TI) + F.linear(low_TR, self.lora_B.to(x_TI.dtype))
 
 
 class LoRAExperts(LoRALayer):
@@ -81,8 +81,8 @@ class LoRAExperts(LoRALayer):
 
     def forward(self, x_MI: Tensor, sent: Dispatch) -> Tensor:
         dropped_MI = self._drop(x_MI, expert_keys(self.keys.of_tokens, sent)) if self.drops else x_MI
-        low_MR = grouped_linear(dropped_MI, self.lora_A, sent.counts)
-        return self.base(x_MI, sent) + grouped_linear(low_MR, self.lora_B, sent.counts) * self.scale
+        low_MR = grouped_linear(dropped_MI, self.lora_A, sent.counts) * self.scale
+        return self.base(x_MI, sent) + grouped_linear(low_MR, self.lora_B, sent.counts)
 
 
 def expert_keys(keys_T: Tensor, sent: Dispatch) -> Tensor:

@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
 
 
-def linear_cross_entropy(head: Callable[[Tensor], Tensor], hidden_TD: Tensor, targets_T: Tensor, *, chunk_tokens: int = 256) -> Tensor:
+def linear_cross_entropy(
+    head: Callable[[Tensor], Tensor], hidden_TD: Tensor, targets_T: Tensor, *, parameters: Sequence[Tensor] = (), chunk_tokens: int = 256
+) -> Tensor:
     """The sum of -log p(target) over positions whose target is not -100, fp32; zero (with a gradient) where there are none.
 
-    `head` maps [n, D] to logits [n, V]. Each chunk's logits are computed again in the backward pass, so that
-    memory is one chunk of logits (131,072 wide for Nemotron 3) and never the row's.
+    `head` maps [n, D] to logits [n, V]; `parameters` are those of its own that may require a gradient. Each chunk's gradient is
+    taken while its logits are there, so they are computed once and memory is one chunk of them, never the row's.
     """
     supervised = (targets_T != IGNORE).nonzero().squeeze(-1)
-    if not len(supervised):
-        return hidden_TD.sum().float() * 0.0
-    chunks = zip(hidden_TD[supervised].split(chunk_tokens), targets_T[supervised].split(chunk_tokens), strict=True)
-    return torch.stack([_chunk_loss(head, hidden, targets) for hidden, targets in chunks]).sum()
+    hidden_ND, targets_N = hidden_TD[supervised], targets_T[supervised]
+    trained = [p for p in parameters if p.requires_grad]
+    if torch.is_grad_enabled() and (hidden_TD.requires_grad or trained):
+        return _ChunkedLoss.apply(head, chunk_tokens, targets_N, hidden_ND, *trained)
+    losses = [_loss(head, h, t) for h, t in zip(hidden_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True) if len(t)]
+    return torch.stack(losses).sum() if losses else hidden_TD.new_zeros((), dtype=torch.float32)
 
 
-def _chunk_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    def loss(hidden: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+def _loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
-    return checkpoint(loss, hidden, use_reentrant=False) if torch.is_grad_enabled() else loss(hidden)
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and gradients chunk by chunk in the forward; the backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, head: Callable[[Tensor], Tensor], chunk_tokens: int, targets_N: Tensor, hidden_ND: Tensor, *trained: Tensor) -> Tensor:
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        gradients = [torch.empty_like(hidden_ND), *(torch.zeros_like(p) for p in trained)]
+        for start in range(0, len(targets_N), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            with torch.enable_grad():
+                hidden = hidden_ND[rows].detach().requires_grad_()
+                loss = _loss(head, hidden, targets_N[rows])
+            gradients[0][rows], *of_parameters = torch.autograd.grad(loss, [hidden, *trained])
+            for whole, part in zip(gradients[1:], of_parameters, strict=True):
+                whole += part
+            total += loss.detach()
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, None, *((gradient * scale).to(gradient.dtype) for gradient in ctx.saved_tensors)
