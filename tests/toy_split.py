@@ -13,7 +13,8 @@ class ToySplit:
     def __init__(self, lengths, *, vocab_size=96, seed=0, packs=None):
         random = np.random.RandomState(seed)
         self.documents = [
-            Document(random.randint(0, vocab_size, length).astype(np.int32), np.arange(length) >= length // 2, row) for row, length in enumerate(lengths)
+            Document(random.randint(0, vocab_size, length).astype(np.int32), np.arange(length) >= length // 2, row)
+            for row, length in enumerate(lengths)
         ]
         self.packs = [np.array(pack) for pack in packs] if packs else [np.array([i]) for i in range(len(lengths))]
 

@@ -6,6 +6,7 @@ is in `cli/`, what a run does from start to end in `workflow/`.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,9 +18,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name in ("load_model", "load_tokenizer"):
-        from nemotune import models
-
-        return getattr(models, name)
+        return getattr(import_module("nemotune.models"), name)
     raise AttributeError(f"module 'nemotune' has no attribute '{name}'")
 
 

@@ -42,7 +42,12 @@ def chat_rows(tmp_path_factory) -> Path:
     """Forty short conversations."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows = [
-        {"messages": [{"role": "user", "content": f"How many are {i} and {i + 1}?"}, {"role": "assistant", "content": f"They are {2 * i + 1}."}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"How many are {i} and {i + 1}?"},
+                {"role": "assistant", "content": f"They are {2 * i + 1}."},
+            ]
+        }
         for i in range(40)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

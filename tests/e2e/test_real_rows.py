@@ -40,7 +40,15 @@ def first_rows(path, count, target):
 def went_through(result, run_dir, *, rows):
     """Every stage left its files, and every row is accounted for."""
     assert result.returncode == 0, result.stdout
-    for name in ("recipe.json", "metrics.jsonl", "coverage.json", "eval/compare.json", "report.html", "export/merged/config.json", "adapter/adapter_config.json"):
+    for name in (
+        "recipe.json",
+        "metrics.jsonl",
+        "coverage.json",
+        "eval/compare.json",
+        "report.html",
+        "export/merged/config.json",
+        "adapter/adapter_config.json",
+    ):
         assert (run_dir / name).is_file(), name
     stats = json.loads((run_dir / "data" / "stats.json").read_text())
     source = stats["sources"]["train"]
@@ -74,7 +82,13 @@ def test_fiqa(nemotune, small_nano, tmp_path):
 
 def test_glaive(nemotune, small_nano, tmp_path):
     rows = Path(DATA) / "data/glaive/raw_format_reconstructed_300.jsonl"
-    changed = ("model.quantization=none", "lora.targets=default", "export.gguf=[]", "train.global_batch_size=2", "data.sequence_length=2048")
+    changed = (
+        "model.quantization=none",
+        "lora.targets=default",
+        "export.gguf=[]",
+        "train.global_batch_size=2",
+        "data.sequence_length=2048",
+    )
     result = nemotune("run", "glaive-nano-4b", f"model.path={small_nano}", f"data.train={rows}", *changed, *HERE)
     stats = went_through(result, tmp_path / "runs" / "glaive-nano-4b", rows=300)
     assert sum(entry["count"] for entry in stats["sources"]["train"]["rejected"].values()) <= 3

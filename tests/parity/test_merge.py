@@ -31,7 +31,9 @@ def with_adapter(path, variant, lora, *, dtype="float32"):
     return model.eval()
 
 
-@pytest.mark.parametrize("variant, lora", [("hybrid", ALL), ("latent", Lora(rank=4, alpha=8)), ("llama", Lora(rank=4)), ("llama_tied", Lora(rank=4))])
+@pytest.mark.parametrize(
+    "variant, lora", [("hybrid", ALL), ("latent", Lora(rank=4, alpha=8)), ("llama", Lora(rank=4)), ("llama_tied", Lora(rank=4))]
+)
 def test_merged_logits_equal_adapter_logits(variant, lora, tmp_path):
     ours = with_adapter(tmp_path, variant, lora)
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")

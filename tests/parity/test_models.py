@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from nemotune.models import load_model, save_model
 
+
 @pytest.fixture
 def pair(request, tmp_path):
     theirs = make(request.param)

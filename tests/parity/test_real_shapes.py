@@ -54,7 +54,7 @@ def test_lora_on_nano_30b_has_the_tensors_of_a_published_adapter():
             names = [f"{owner}.{e}.{last}" for e in range(len(tensor))] if tensor.ndim == 3 else [name]
             ours |= {f"base_model.model.{each}.{which}.weight": "x".join(map(str, tensor.shape[-2:])) for each in names}
     with gzip.open(Path(DATA) / "data/nemotron/adapters/nemotron3_nano_30b_lora_r32.tensor_manifest.tsv.gz", "rt") as file:
-        header, *rows = (line.rstrip("\n").split("\t") for line in file)
+        _, *rows = (line.rstrip("\n").split("\t") for line in file)
     name_at = next(i for i, cell in enumerate(rows[0]) if cell.startswith("base_model."))
     shape_at = next(i for i, cell in enumerate(rows[0]) if "x" in cell and cell.replace("x", "").isdigit())
     theirs = {row[name_at]: row[shape_at] for row in rows}

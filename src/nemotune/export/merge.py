@@ -42,11 +42,15 @@ def plan_merge(base_dir: Path, adapter_dir: Path) -> MergePlan:
         if name.endswith(".weight") and (module := name.removesuffix(".weight")) in adapter.pairs:
             updates[disk_name] = (module, index)
     if model.config.tie_word_embeddings and "lm_head" in adapter.pairs:
-        raise UnsupportedError("lora.targets: lm_head is tied to the embeddings of this model, so it cannot be merged; use the adapter as it is")
+        raise UnsupportedError(
+            "lora.targets: lm_head is tied to the embeddings of this model, so it cannot be merged; use the adapter as it is"
+        )
     return MergePlan(base, adapter, WritePlan(tuple(base.tensors.values())), updates)
 
 
-def merge(base_dir: Path, adapter_dir: Path, target: Path, *, overwrite: bool = False, done: Callable[[int], None] = lambda _: None) -> MergePlan:
+def merge(
+    base_dir: Path, adapter_dir: Path, target: Path, *, overwrite: bool = False, done: Callable[[int], None] = lambda _: None
+) -> MergePlan:
     """Write the merged model to `target`; `done` is told the bytes of each tensor written. `target` is absent or whole."""
     plan = plan_merge(base_dir, adapter_dir)
 

@@ -84,7 +84,11 @@ def read_adapter(directory: Path, model: CausalLM) -> Adapter:
     """The adapter in `directory`, its shapes checked against `model` (which may be on the meta device and stays as it is)."""
     config, tensors = _read_files(Path(directory))
     lora = Lora(
-        rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0), rslora=config.get("use_rslora", False), targets=("lm_head",)
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        rslora=config.get("use_rslora", False),
+        targets=("lm_head",),
     )
     modules = dict(model.named_modules())
     pairs, problems = {}, []

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
 
 from nemotune.errors import RecipeError, UnsupportedError, did_you_mean
 from nemotune.lora.dropout import DropoutKeys
@@ -87,7 +86,11 @@ def matched_modules(model: CausalLM, targets: str | tuple[str, ...]) -> list[str
 def linear_modules(model: CausalLM) -> dict[str, str]:
     """Block type of every module that LoRA can adapt, by name."""
     kinds = (Linear, GroupedLinear, LoRALayer)
-    return {name: _block_type(name, model.linear_blocks) for name, module in model.named_modules() if isinstance(module, kinds) and not name.endswith(".base")}
+    return {
+        name: _block_type(name, model.linear_blocks)
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and not name.endswith(".base")
+    }
 
 
 def coverage(model: CausalLM) -> Coverage:
@@ -109,4 +112,3 @@ def _is_adapter(name: str) -> bool:
 
 def _block_type(name: str, patterns: Mapping[str, str]) -> str:
     return next((block_type for block_type, pattern in patterns.items() if re.search(pattern + "$", name)), "head")
-

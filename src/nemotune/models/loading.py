@@ -40,7 +40,13 @@ def build_model(config: NemotronHConfig | LlamaConfig) -> CausalLM:
 
 
 def load_model(
-    path: str | Path, *, dtype: Dtype = "bfloat16", revision: str | None = None, device: str = "cpu", trainable: bool = False, random_seed: int | None = None
+    path: str | Path,
+    *,
+    dtype: Dtype = "bfloat16",
+    revision: str | None = None,
+    device: str = "cpu",
+    trainable: bool = False,
+    random_seed: int | None = None,
 ) -> CausalLM:
     """The model at `path` (directory, hub id or built-in name), computing in `dtype`.
 
@@ -138,7 +144,11 @@ def check_weights(model: CausalLM, source: Checkpoint) -> None:
 
 
 def _is_unused(name: str, model: CausalLM) -> bool:
-    return name.startswith(UNUSED_PREFIXES) or (model.config.tie_word_embeddings and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
+    return (
+        name.startswith(UNUSED_PREFIXES)
+        or (model.config.tie_word_embeddings and name == "lm_head.weight")
+        or name.endswith("rotary_emb.inv_freq")
+    )
 
 
 def _fill(tensor: Tensor, name: str, model: CausalLM, source: Checkpoint) -> None:

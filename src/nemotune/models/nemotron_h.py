@@ -148,7 +148,15 @@ class Scan(nn.Module):
         self.chunk_size = chunk_size
 
     def forward(
-        self, x_TNP: Tensor, dt_TN: Tensor, A_N: Tensor, B_TGS: Tensor, C_TGS: Tensor, D_N: Tensor, documents: Documents, state: MambaState | None
+        self,
+        x_TNP: Tensor,
+        dt_TN: Tensor,
+        A_N: Tensor,
+        B_TGS: Tensor,
+        C_TGS: Tensor,
+        D_N: Tensor,
+        documents: Documents,
+        state: MambaState | None,
     ) -> Tensor:
         if state is not None and state.ssm_BNPS is not None:
             y_BNP, state.ssm_BNPS = ssd_step(x_TNP, dt_TN, A_N, B_TGS, C_TGS, D_N, state.ssm_BNPS)

@@ -37,7 +37,9 @@ class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients chunk by chunk in the forward; the backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, head: Callable[[Tensor], Tensor], chunk_tokens: int, targets_N: Tensor, hidden_ND: Tensor, *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, head: Callable[[Tensor], Tensor], chunk_tokens: int, targets_N: Tensor, hidden_ND: Tensor, *trained: Tensor
+    ) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         gradients = [torch.empty_like(hidden_ND), *(torch.zeros_like(p) for p in trained)]
         for start in range(0, len(targets_N), chunk_tokens):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Documents:
     def __init__(self, cu_seqlens: Tensor):
         self.cu_seqlens = cu_seqlens
         borders = cu_seqlens.tolist()
-        self.lengths: list[int] = [end - start for start, end in zip(borders, borders[1:], strict=False)]
+        self.lengths: list[int] = [end - start for start, end in pairwise(borders)]
         assert borders[0] == 0 and all(length > 0 for length in self.lengths), f"cu_seqlens: got {borders}, expected 0 and then rising"
         self._chunks: dict[int, Chunks] = {}
 

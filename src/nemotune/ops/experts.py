@@ -21,7 +21,15 @@ class Routing:
 
 
 def route(
-    x_TD: Tensor, weight_ED: Tensor, correction_bias_E: Tensor, *, top_k: int, num_groups: int, top_groups: int, normalize: bool, scale: float
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    correction_bias_E: Tensor,
+    *,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    normalize: bool,
+    scale: float,
 ) -> Routing:
     """Choose `top_k` experts by score + bias within the `top_groups` best groups, weigh them by score alone.
 

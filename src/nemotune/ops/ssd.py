@@ -14,7 +14,16 @@ from nemotune.ops.documents import Chunks, Documents
 
 
 def ssd(
-    x_TNP: Tensor, dt_TN: Tensor, A_N: Tensor, B_TGS: Tensor, C_TGS: Tensor, D_N: Tensor, documents: Documents, *, chunk_size: int, final_states: bool = False
+    x_TNP: Tensor,
+    dt_TN: Tensor,
+    A_N: Tensor,
+    B_TGS: Tensor,
+    C_TGS: Tensor,
+    D_N: Tensor,
+    documents: Documents,
+    *,
+    chunk_size: int,
+    final_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs [T, N, P] in the dtype of x and, if asked for, the fp32 state at the end of each document [docs, N, P, S].
 

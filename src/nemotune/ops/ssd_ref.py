@@ -13,7 +13,9 @@ from torch import Tensor
 from nemotune.ops.documents import Documents
 
 
-def ssd_step(x_BNP: Tensor, dt_BN: Tensor, A_N: Tensor, B_BGS: Tensor, C_BGS: Tensor, D_N: Tensor, state_BNPS: Tensor) -> tuple[Tensor, Tensor]:
+def ssd_step(
+    x_BNP: Tensor, dt_BN: Tensor, A_N: Tensor, B_BGS: Tensor, C_BGS: Tensor, D_N: Tensor, state_BNPS: Tensor
+) -> tuple[Tensor, Tensor]:
     """One token per sequence: the output [B, N, P] in the dtype of x, and the next state [B, N, P, S] in fp32."""
     heads_per_group = A_N.shape[0] // B_BGS.shape[1]
     B_BNS = B_BGS.float().repeat_interleave(heads_per_group, dim=1)
@@ -25,7 +27,9 @@ def ssd_step(x_BNP: Tensor, dt_BN: Tensor, A_N: Tensor, B_BGS: Tensor, C_BGS: Te
     return y_BNP.to(x_BNP.dtype), state_BNPS
 
 
-def ssd_ref(x_TNP: Tensor, dt_TN: Tensor, A_N: Tensor, B_TGS: Tensor, C_TGS: Tensor, D_N: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
+def ssd_ref(
+    x_TNP: Tensor, dt_TN: Tensor, A_N: Tensor, B_TGS: Tensor, C_TGS: Tensor, D_N: Tensor, documents: Documents
+) -> tuple[Tensor, Tensor]:
     """The whole row step by step: outputs [T, N, P] and the state at the end of each document [docs, N, P, S]."""
     outputs, states = [], []
     start = 0

@@ -55,7 +55,12 @@ def cost_table(cost: Cost) -> Table:
     table = Table(title="Memory before activations", title_justify="left", header_style="bold")
     table.add_column("what")
     table.add_column("GB", justify="right")
-    for what, size in (("weights", cost.weight_bytes), ("gradients", cost.gradient_bytes), ("optimiser", cost.optimizer_bytes), ("total", cost.total_bytes)):
+    for what, size in (
+        ("weights", cost.weight_bytes),
+        ("gradients", cost.gradient_bytes),
+        ("optimiser", cost.optimizer_bytes),
+        ("total", cost.total_bytes),
+    ):
         table.add_row(what, f"{size / 1e9:,.3f}")
     return table
 
@@ -68,7 +73,13 @@ def coverage_table(covered: Coverage) -> Table:
     for row in covered.rows:
         style = None if row.adapted else "dim"
         table.add_row(
-            row.block_type, str(row.layers), str(row.modules), str(row.adapted), f"{row.parameters:,}", f"{row.bytes / 1e6:,.2f}", style=style
+            row.block_type,
+            str(row.layers),
+            str(row.modules),
+            str(row.adapted),
+            f"{row.parameters:,}",
+            f"{row.bytes / 1e6:,.2f}",
+            style=style,
         )
     share = covered.parameters / covered.base_parameters
     table.caption = f"{covered.parameters:,} of {covered.base_parameters:,} parameters train ({share:.2%})"

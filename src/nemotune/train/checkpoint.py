@@ -81,7 +81,9 @@ class Checkpoints:
             return Progress(**json.loads((path / "trainer.json").read_text(encoding="utf-8")))
         except (RuntimeError, ValueError, OSError, KeyError, dcp.api.CheckpointException) as error:
             reason = str(error).strip().splitlines()[-1]
-            raise CheckpointError(f"{path}: cannot be resumed from ({reason}); delete it to go on from the one before, or start with --overwrite") from error
+            raise CheckpointError(
+                f"{path}: cannot be resumed from ({reason}); delete it to go on from the one before, or start with --overwrite"
+            ) from error
 
     def _drop_old(self) -> None:
         best = self.best()

@@ -27,7 +27,9 @@ class Liveness:
         self.received: dict[str, Tensor] = {}
         self.alive: dict[str, Tensor] = {}
         self.steps = 0
-        self._hooks = [layer.register_forward_hook(self._watch(name)) for name, layer in self.layers.items() if isinstance(layer, LoRAExperts)]
+        self._hooks = [
+            layer.register_forward_hook(self._watch(name)) for name, layer in self.layers.items() if isinstance(layer, LoRAExperts)
+        ]
 
     def check(self) -> None:
         """Call after each backward and before the update. Raises TrainingError naming the module."""
@@ -35,7 +37,9 @@ class Liveness:
             return
         dead = [problem for name, layer in self.layers.items() if isinstance(layer, LoRALinear) for problem in self._dead(name, layer)]
         if dead:
-            raise TrainingError(f"{len(dead)} adapter tensors have no gradient, first {dead[0]}; the module's weight is used without calling the module, or no token reaches it")
+            raise TrainingError(
+                f"{len(dead)} adapter tensors have no gradient, first {dead[0]}; the module's weight is used without calling the module, or no token reaches it"
+            )
         for name, layer in self.layers.items():
             if isinstance(layer, LoRAExperts) and layer.lora_B.grad is not None:
                 live = layer.lora_B.grad.flatten(1).abs().amax(1) > 0
@@ -76,7 +80,9 @@ class Liveness:
         for name, received in self.received.items():
             dead = received & ~self.alive[name]
             if dead.any():
-                raise TrainingError(f"{name}: experts {dead.nonzero().flatten().tolist()[:8]} received gradient and their lora_B has none after {EXPERT_STEPS} steps")
+                raise TrainingError(
+                    f"{name}: experts {dead.nonzero().flatten().tolist()[:8]} received gradient and their lora_B has none after {EXPERT_STEPS} steps"
+                )
 
 
 def require_finite(loss: float, grad_norm: float, parameters: dict[str, nn.Parameter], *, step: int) -> None:
@@ -108,5 +114,7 @@ class SpikeGuard:
         self.spikes += 1
         usual = median(self.recent)
         if self.spikes >= SPIKES_TO_STOP:
-            raise TrainingError(f"step {step}: the loss has been over {loss:.2f} for {self.spikes} steps where {usual:.2f} was usual; lower train.learning_rate and --resume from the last checkpoint")
+            raise TrainingError(
+                f"step {step}: the loss has been over {loss:.2f} for {self.spikes} steps where {usual:.2f} was usual; lower train.learning_rate and --resume from the last checkpoint"
+            )
         return f"loss {loss:.2f} where {usual:.2f} is usual"

@@ -43,7 +43,15 @@ class TrainResult:
 
 
 def run(
-    model: CausalLM, recipe: Recipe, *, train: Split, validation: Split | None, run_dir: Path, keys: DropoutKeys | None, resume: bool, console: Console
+    model: CausalLM,
+    recipe: Recipe,
+    *,
+    train: Split,
+    validation: Split | None,
+    run_dir: Path,
+    keys: DropoutKeys | None,
+    resume: bool,
+    console: Console,
 ) -> TrainResult:
     """Train the parameters of `model` that require gradients; leaves metrics and checkpoints in `run_dir`.
 

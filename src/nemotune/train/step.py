@@ -48,7 +48,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
 
 
-def update(parameters: Iterable[nn.Parameter], optimizer: Optimizer, *, learning_rate: float, grad_norm: float, max_grad_norm: float) -> None:
+def update(
+    parameters: Iterable[nn.Parameter], optimizer: Optimizer, *, learning_rate: float, grad_norm: float, max_grad_norm: float
+) -> None:
     """Clip, step and clear the gradients; `max_grad_norm` 0 clips nothing."""
     if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(grad_norm))

@@ -98,7 +98,9 @@ class Checkpoint:
             raise MissingFileError(f"{self.directory}: no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors weights are read")
         missing = [file for file in files if not (self.directory / file).is_file()]
         if missing:
-            raise MissingFileError(f"{self.directory}: {len(missing)} of {len(files)} shards are missing, first {missing[0]}; copy them or download again")
+            raise MissingFileError(
+                f"{self.directory}: {len(missing)} of {len(files)} shards are missing, first {missing[0]}; copy them or download again"
+            )
         return files
 
     def _read_header(self, file: str) -> None:
@@ -115,7 +117,9 @@ class Checkpoint:
             return
         promised = set(self._index["weight_map"])
         if lost := sorted(promised - set(self.tensors)):
-            raise CheckpointError(f"{self.directory / INDEX_FILE}: names {len(lost)} tensors that no shard holds, first {lost[0]}; download again")
+            raise CheckpointError(
+                f"{self.directory / INDEX_FILE}: names {len(lost)} tensors that no shard holds, first {lost[0]}; download again"
+            )
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -43,7 +43,9 @@ class WritePlan:
         return cls(tuple(TensorInfo(name, files[i], dtype, shape) for name, i, dtype, shape in rows))
 
 
-def write_checkpoint(directory: Path, plan: WritePlan, read: Callable[[TensorInfo], torch.Tensor], *, done: Callable[[int], None] = lambda _: None) -> None:
+def write_checkpoint(
+    directory: Path, plan: WritePlan, read: Callable[[TensorInfo], torch.Tensor], *, done: Callable[[int], None] = lambda _: None
+) -> None:
     """Write every tensor of `plan` into `directory`; `read` gives each one, `done` is told the bytes of each one written."""
     by_file: dict[str, list[TensorInfo]] = {}
     for info in plan.tensors:

@@ -63,7 +63,9 @@ def _require_same(recipe: Recipe, recorded: dict[str, Any], fingerprint: str, ru
     if recorded["data_fingerprint"] != fingerprint:
         problems.append("data: the rows, template or tokenizer have changed since the run was begun")
     if problems:
-        raise ConflictError("\n".join([*problems, f"{run_dir}: cannot be resumed with other settings; restore them, or use --overwrite or another name"]))
+        raise ConflictError(
+            "\n".join([*problems, f"{run_dir}: cannot be resumed with other settings; restore them, or use --overwrite or another name"])
+        )
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,14 @@ HYBRID = {
     "intermediate_size": 48, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2,
     "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40,
 }  # fmt: skip
-LLAMA = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +61,10 @@ ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origina
 
 @pytest.mark.parametrize(
     "spelling",
-    [{"rope_theta": 5e5, "rope_scaling": {**ROPE, "rope_type": "llama3"}}, {"rope_parameters": {**ROPE, "rope_type": "llama3", "rope_theta": 5e5}}],
+    [
+        {"rope_theta": 5e5, "rope_scaling": {**ROPE, "rope_type": "llama3"}},
+        {"rope_parameters": {**ROPE, "rope_type": "llama3", "rope_theta": 5e5}},
+    ],
 )
 def test_rope_is_read_in_both_spellings(spelling):
     config = parse_config({**LLAMA, **spelling})

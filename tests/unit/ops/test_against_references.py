@@ -37,7 +37,9 @@ def assert_same(ours, reference, inputs, tolerance=1e-5):
 
 
 def ssd_inputs(tokens, heads=4, head_dim=8, groups=2, state=16):
-    x, dt, A_log, B, C, D = leaves((tokens, heads, head_dim), (tokens, heads), (heads,), (tokens, groups, state), (tokens, groups, state), (heads,))
+    x, dt, A_log, B, C, D = leaves(
+        (tokens, heads, head_dim), (tokens, heads), (heads,), (tokens, groups, state), (tokens, groups, state), (heads,)
+    )
     return x, dt, A_log, B, C, D
 
 
@@ -119,7 +121,9 @@ def test_router_chooses_by_bias_and_weighs_by_score():
 
 def test_router_keeps_a_correction_bias_that_bf16_would_erase():
     bias = torch.tensor([64.0, 64.05, 64.1, 64.15])
-    routing = route(torch.zeros(1, 3, dtype=torch.bfloat16), torch.zeros(4, 3), bias, top_k=1, num_groups=1, top_groups=1, normalize=False, scale=1.0)
+    routing = route(
+        torch.zeros(1, 3, dtype=torch.bfloat16), torch.zeros(4, 3), bias, top_k=1, num_groups=1, top_groups=1, normalize=False, scale=1.0
+    )
     assert routing.experts_TK.item() == 3
     assert len(bias.bfloat16().unique()) == 1
 

@@ -1,0 +1,100 @@
+"""`nemotune`: finds the verb that was typed, and turns an error into a block that can be read.
+
+A verb's module is imported when it is named (`--help` asks each for its first line), and imports torch only inside its function:
+`nemotune --help` loads neither torch nor transformers nor pydantic. Where to read next: `run.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from nemotune.errors import NemotuneError, did_you_mean
+
+__all__ = ["guarded", "main"]
+
+VERBS = ("run", "data", "plan", "train", "eval", "merge", "report", "recipes", "doctor")
+MODULES = {"eval": "evaluate"}  # where the verb's name is one of Python's own
+
+
+class Verbs(TyperGroup):
+    """The verbs by name, each from the module of its name."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        command = typer.main.get_command(importlib.import_module(f"nemotune.cli.{MODULES.get(cmd_name, cmd_name)}").app)
+        command.name = cmd_name
+        return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        verb = args[0]
+        if verb not in VERBS and not verb.startswith("-"):
+            ctx.fail(f"no verb '{verb}'.{did_you_mean(verb, VERBS)} `nemotune --help` lists them.")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from nemotune import __version__
+
+        typer.echo(f"nemotune {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Start with: nemotune run quickstart")
+def _nemotune(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from; goes anywhere on the line.")] = False,
+) -> None:
+    """Tune NVIDIA Nemotron models on your own rows: one recipe from data to an evaluated, merged model."""
+
+
+def guarded(application: typer.Typer) -> None:
+    """Run the application on the command line and exit: with 2 and a readable block where the user can mend it, with 130 when interrupted."""
+    words = sys.argv[1:]
+    try:
+        application([word for word in words if word != "--debug"])
+    except NemotuneError as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        else:
+            _print_error(error)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == 130:
+            typer.echo("Interrupted. The same command with --resume goes on from the last checkpoint of a training run.", err=True)
+        raise
+
+
+def _print_error(error: NemotuneError) -> None:
+    """The error on stderr, a line per problem, its key in bold."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text("Error", style="bold red"))
+    for line in str(error).splitlines():
+        text = Text(f"  {line}")
+        text.highlight_regex(r"^  [\w.\[\]/-]+(?=:)", "bold")
+        console.print(text)
+
+
+def main() -> None:
+    """The console script `nemotune`."""
+    guarded(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""From a recipe's rows to prepared data on disk: read, share out, tokenise, pack, count; cached by content.
+
+    sources --spool--> processed rows --fingerprint--> in the cache? --no--> tokenise, write splits --publish--> cache
+                                                                                            cache --link--> run directory
+
+Reads top to bottom in `prepare`. Nothing appears under its final name before it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from nemotune.data.cache import default_cache_dir, link_files, publish, workspace
+from nemotune.data.documents import SplitWriter
+from nemotune.data.progress import progress
+from nemotune.data.rejects import Rejects
+from nemotune.data.sharing import TEST, TRAIN, VALIDATION, share_out
+from nemotune.data.split import Split
+from nemotune.data.spool import Spool, spool
+from nemotune.data.template import Renderer
+from nemotune.data.tokenise import tokenise
+from nemotune.errors import ConflictError, DataError, MissingFileError
+from nemotune.files import staged_directory, write_json
+from nemotune.recipe.schema import Recipe, Source
+
+VERSION = 1  # of the prepared form: raise it when the same rows and settings come out differently
+NAMES = {TRAIN: "train", VALIDATION: "validation", TEST: "test"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Prepared data: a Split each, or None where the recipe holds nothing out; `stats` is stats.json."""
+
+    train: Split
+    validation: Split | None
+    test: Split | None
+    stats: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with rows, template, tokenizer and data settings, and with nothing else."""
+        return self.stats["fingerprint"]
+
+    @classmethod
+    def load(cls, directory: Path) -> Prepared:
+        """The data that `prepare` left in `directory`. Raises MissingFileError, and DataError for a shard that cannot be read."""
+        if not (directory / "stats.json").is_file():
+            raise MissingFileError(f"{directory}: no prepared data there; run `nemotune data` first")
+        stats = json.loads((directory / "stats.json").read_text(encoding="utf-8"))
+        splits = {name: Split(directory, name) if name in stats["splits"] else None for name in NAMES.values()}
+        return cls(**splits, stats=stats)  # type: ignore[arg-type]
+
+
+def prepare(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    out_dir: Path,
+    cache_dir: Path | None = None,
+    num_workers: int | None = None,
+    overwrite: bool = False,
+) -> Prepared:
+    """Prepare the rows of `recipe` into `out_dir` (hard links into the cache where the disk allows).
+
+    Raises DataError when too many rows are bad or none is left, MissingFileError, DiskFullError, and ConflictError when `out_dir`
+    holds data of another fingerprint and `overwrite` is false. On any error `out_dir` stays as it was.
+    """
+    cache_dir = cache_dir or default_cache_dir()
+    data = recipe.data
+    renderer = Renderer(tokenizer, template=data.template, thinking=data.thinking, train_on=data.train_on)
+    with workspace(cache_dir) as work:
+        with (work / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
+            spools = _spool_sources(recipe, work.parent, rejected)
+            settings = data_settings(recipe)
+            fingerprint = _fingerprint(settings, spools, renderer)
+            _refuse_conflict(out_dir, fingerprint, settings, overwrite)
+            cached = (cache_dir / fingerprint).is_dir()
+            if not cached:
+                stats = _write_splits(recipe, renderer, spools, work, num_workers)
+                head = {"fingerprint": fingerprint, "settings": settings, "template": renderer.template_name}
+                write_json(work / "stats.json", head | stats)
+        with staged_directory(out_dir, overwrite=True) as aside:
+            link_files(cache_dir / fingerprint if cached else work, aside)
+        publish(work, cache_dir / fingerprint)  # last: by now the files are on the disk, and not just in its cache
+    return Prepared.load(out_dir)
+
+
+def data_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide what is prepared; where rows and templates lie does not, their content does."""
+    settings = recipe.data.model_dump(mode="json", exclude={"train", "template"})
+    for held in ("validation", "test"):
+        if isinstance(settings[held], dict):
+            settings[held] = "rows of its own"
+    return settings | {"seed": recipe.train.seed}
+
+
+def _spool_sources(recipe: Recipe, directory: Path, rejected: TextIO) -> dict[str, Spool]:
+    """The processed rows of each source, by split name. `max_samples` bounds the training source, so that held-out rows stay comparable."""
+    data = recipe.data
+    sources = {"train": data.train, "validation": data.validation, "test": data.test}
+    spools = {}
+    for name, source in sources.items():
+        if isinstance(source, Source):
+            spools[name] = spool(
+                source,
+                row_format=data.format,
+                path=directory / f"{name}.spool",
+                rejects=Rejects(name, rejected),
+                seed=recipe.train.seed,
+                max_rows=data.max_samples if name == "train" else None,
+            )
+            if not spools[name].rows:
+                raise DataError(f"data.{name}: {source.path} has no rows; check the path and the split")
+            spools[name].rejects.check(rows=spools[name].rows, limit=data.max_bad_rows)
+    return spools
+
+
+def _fingerprint(settings: dict[str, Any], spools: dict[str, Spool], renderer: Renderer) -> str:
+    parts = [VERSION, settings, {name: found.digest for name, found in spools.items()}, renderer.digest()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _write_splits(recipe: Recipe, renderer: Renderer, spools: dict[str, Spool], work: Path, num_workers: int | None) -> dict[str, Any]:
+    """Tokenise every source into its splits; returns the stats."""
+    data = recipe.data
+    shares = {name: _shares(recipe, name, found) for name, found in spools.items()}
+    names = [NAMES[share] for share in sorted({int(share) for each in shares.values() for share in np.unique(each)})]
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(SplitWriter(work, name, data, seed=recipe.train.seed)) for name in names}
+        for name, found in spools.items():
+            with progress(f"tokenising {name}", total=len(found.keys)) as advance:
+                for share, row in zip(shares[name], tokenise(found.path, renderer, num_workers=num_workers), strict=True):
+                    writers[NAMES[int(share)]].add(row, found.rejects)
+                    advance(1)
+            found.rejects.check(rows=found.rows, limit=data.max_bad_rows)
+    stats = {name: writer.stats() for name, writer in writers.items()}
+    _refuse_empty(stats, spools, sequence_length=data.sequence_length)
+    sources = {
+        name: {"rows": found.rows, "bad": found.rejects.bad, "rejected": found.rejects.summary(), "repaired": found.repaired}
+        for name, found in spools.items()
+    }
+    return {"sources": sources, "splits": stats, "in_train_too": _overlaps(spools, shares)}
+
+
+def _shares(recipe: Recipe, name: str, found: Spool) -> np.ndarray:
+    """The split of each usable row of a source: a held-out source goes whole to its own."""
+    if name != "train":
+        return np.full(len(found.keys), VALIDATION if name == "validation" else TEST, dtype=np.int8)
+    held = [share if isinstance(share, float | int) else 0.0 for share in (recipe.data.validation, recipe.data.test)]
+    return share_out(found.keys, validation=held[0], test=held[1])
+
+
+def _overlaps(spools: dict[str, Spool], shares: dict[str, np.ndarray]) -> dict[str, int]:
+    """Rows of held-out sources that are trained on as well, word for word: a score on those says nothing."""
+    trained = spools["train"].keys[shares["train"] == TRAIN]
+    return {name: int(np.isin(found.keys, trained).sum()) for name, found in spools.items() if name != "train"}
+
+
+def _refuse_empty(stats: dict[str, dict[str, Any]], spools: dict[str, Spool], *, sequence_length: int) -> None:
+    for name in ("train", *stats):
+        if not stats.get(name, {}).get("documents"):
+            reasons = spools.get(name, spools["train"]).rejects.summary()
+            told = "; ".join(f"{entry['count']} x {reason}" for reason, entry in reasons.items()) or "it was given none"
+            raise DataError(f"data: no document is left in the {name} split ({told}); data.sequence_length is {sequence_length}")
+
+
+def _refuse_conflict(out_dir: Path, fingerprint: str, settings: dict[str, Any], overwrite: bool) -> None:
+    if overwrite or not (out_dir / "stats.json").is_file():
+        return
+    before = json.loads((out_dir / "stats.json").read_text(encoding="utf-8"))
+    if before["fingerprint"] != fingerprint:
+        changed = [f"data.{key}" if key != "seed" else "train.seed" for key in settings if settings[key] != before["settings"].get(key)]
+        what = ", ".join(changed) or "the rows, the template or the tokenizer"
+        raise ConflictError(f"{out_dir}: holds data prepared with other {what}; choose another run name or pass --overwrite")

@@ -1,0 +1,58 @@
+"""`run`: one model through the recipe's tasks on the held-out rows, into eval/<label>.jsonl.
+
+Which rows is decided by the recipe alone, so the base and the tuned model answer the same ones; compare.py sets them side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from nemotune.data.prepare import Prepared
+from nemotune.data.split import Split
+from nemotune.data.template import Renderer
+from nemotune.errors import DataError
+from nemotune.evaluate import multiple_choice, perplexity, span_qa, tool_calls
+from nemotune.evaluate.candidate import Candidate
+from nemotune.evaluate.compare import summarize
+from nemotune.evaluate.rows import HeldOut, Row, hold_out, write_rows
+from nemotune.models import CausalLM
+from nemotune.recipe import Recipe
+
+__all__ = ["TASKS", "run"]
+
+TASKS: dict[str, Callable[[Candidate, HeldOut], list[Row]]] = {
+    "multiple_choice": multiple_choice.score,
+    "tool_calls": tool_calls.score,
+    "span_qa": span_qa.score,
+    "perplexity": perplexity.score,
+}
+
+
+def run(
+    model: CausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, prepared: Prepared, *, label: str, out_dir: Path
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Score `model`, write `out_dir/<label>.jsonl`, and return {task: {metric: {"value", "n"}}}.
+
+    Asked are `evaluate.max_samples` rows of the test split, or of the validation split where there is none. Raises DataError without either.
+    """
+    data = recipe.data
+    held_out = hold_out(_split(prepared), max_samples=recipe.evaluate.max_samples, seed=recipe.train.seed)
+    # train_on: all would make the question part of the answer
+    renderer = Renderer(tokenizer, template=data.template, thinking=data.thinking, train_on="assistant")
+    candidate = Candidate(model, renderer, label=label)
+    rows = [row for task in recipe.evaluate.tasks for row in TASKS[task](candidate, held_out)]
+    (out_dir / "compare.json").unlink(missing_ok=True)  # it speaks of rows that are about to be replaced
+    write_rows(out_dir / f"{label}.jsonl", rows)
+    return summarize(rows)
+
+
+def _split(prepared: Prepared) -> Split:
+    for split in (prepared.test, prepared.validation):
+        if split is not None and len(split):
+            return split
+    raise DataError(
+        "data.test: got none, and no data.validation either, expected held-out rows to evaluate on; set data.test=0.02 or give it rows of its own"
+    )

@@ -1,0 +1,78 @@
+"""What a recipe may say and the code cannot carry out yet, each with what to do instead.
+
+This is the one list: `check` refuses by it, before anything is downloaded or written, and the README's table is held against it
+by a test. A feature that is built leaves the list. Values that are wrong in themselves are refused by `schema.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nemotune.errors import UnsupportedError
+from nemotune.recipe.schema import Parallel, Recipe
+
+__all__ = ["LIMITS", "Limit", "check", "refused"]
+
+_DATA = ("run", "data", "plan", "train", "eval")
+_MODEL = ("run", "plan", "train", "eval")
+_TRAIN = ("run", "plan", "train")
+_EVALUATE = ("run", "eval")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A part of the recipe (`key`), which of its values are not built (`what`), and `instead`; `verbs` are those that need it."""
+
+    key: str
+    what: str
+    instead: str
+    verbs: tuple[str, ...]
+    asked: Callable[[Any], bool]
+
+    def value(self, recipe: Recipe) -> Any:
+        """What the recipe says at `key`."""
+        found: Any = recipe
+        for part in self.key.split("."):
+            found = getattr(found, part)
+        return found
+
+
+def _more_than_one_process(parallel: Parallel) -> bool:
+    return any(degree != "auto" and degree > 1 for degree in dict(parallel).values())
+
+
+LIMITS = (
+    Limit(
+        "data.format", "megatron (.bin/.idx blends)", "data.format=text with the documents as JSON lines", _DATA, lambda v: v == "megatron"
+    ),
+    Limit(
+        "model.quantization", "nf4 (a 4-bit base)", "model.quantization=none, which needs the base in bf16", _MODEL, lambda v: v != "none"
+    ),
+    Limit("lora.dora", "DoRA", "lora.dora=false", _TRAIN, bool),
+    Limit("train.compile", "torch.compile", "train.compile=false", _TRAIN, bool),
+    Limit("train.deadline", "a time to stop at", "train.deadline=null and --resume after an interruption", _TRAIN, lambda v: v is not None),
+    Limit(
+        "parallel", "more than one process", "parallel={}, one process, with train.global_batch_size kept", _TRAIN, _more_than_one_process
+    ),
+    Limit("engine.name", "trl, unsloth, automodel, megatron", "engine.name=native", _TRAIN, lambda v: v != "native"),
+    Limit("engine.python", "an engine's own interpreter", "engine.python=null", _TRAIN, lambda v: v is not None),
+    Limit("evaluate.tasks", "semantic_similarity", "evaluate.tasks=[perplexity]", _EVALUATE, lambda v: "semantic_similarity" in v),
+    Limit("evaluate.backend", "nemo_evaluator", "evaluate.backend=native", _EVALUATE, lambda v: v != "native"),
+    Limit("export.adapter", "a run that leaves no adapter", "export.adapter=true", _TRAIN, lambda v: not v),
+    Limit("export.gguf", "f16, q8_0, q5_k_m, q4_k_m", "export.gguf=[] and export.merged=true, which other converters read", ("run",), bool),
+    Limit("logging.trackers", "wandb, mlflow", "logging.trackers=[tensorboard]", _TRAIN, lambda v: not {"wandb", "mlflow"}.isdisjoint(v)),
+)
+
+
+def refused(recipe: Recipe, *, verb: str = "run") -> list[Limit]:
+    """The limits that `verb` on this recipe runs into, in the recipe's order."""
+    return [limit for limit in LIMITS if verb in limit.verbs and limit.asked(limit.value(recipe))]
+
+
+def check(recipe: Recipe, *, verb: str = "run") -> None:
+    """Raises UnsupportedError naming everything in the recipe that `verb` needs and that is not built yet."""
+    limits = refused(recipe, verb=verb)
+    if limits:
+        raise UnsupportedError("\n".join(f"{limit.key}: not built yet: {limit.what}. Use {limit.instead}." for limit in limits))

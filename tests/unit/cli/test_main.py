@@ -1,0 +1,135 @@
+"""The command line without any work: help, what is imported for it, and how mistakes are told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import nemotune
+from nemotune.cli.main import MODULES, VERBS
+from nemotune.recipe import builtin_names, dump, json_schema, load
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+HEAVY = ("torch", "transformers", "datasets", "numpy", "pyarrow", "pydantic", "yaml", "tensorboard")
+
+
+def modules_after(code: str) -> set[str]:
+    program = f"import sys\nsys.path.insert(0, {str(Path(nemotune.__file__).parent.parent)!r})\n{code}\nprint(*sys.modules, sep='\\n', file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    return set(done.stderr.split())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    loaded = modules_after("from nemotune.cli.main import app\napp(['--help'], standalone_mode=False)")
+    assert "nemotune.cli.run" in loaded  # the verbs were asked for their help
+    assert not loaded & set(HEAVY)
+
+
+def test_package_import_is_light_and_its_functions_are_lazy() -> None:
+    assert not modules_after("import nemotune; nemotune.__version__; dir(nemotune)") & set(HEAVY)
+    assert callable(nemotune.load_model) and callable(nemotune.load_tokenizer)
+    with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
+        _ = nemotune.load_modle
+
+
+def test_recipes_need_no_torch() -> None:
+    assert not modules_after("from nemotune.recipe import load, support; support.check(load('quickstart'))") & {
+        "torch",
+        "transformers",
+        "datasets",
+    }
+
+
+def test_help_lists_every_verb_and_every_verb_has_help(command: Command) -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    for verb in VERBS:
+        assert f" {verb} " in done.stdout
+        assert (Path(nemotune.__file__).parent / "cli" / f"{MODULES.get(verb, verb)}.py").is_file()
+    assert "--resume" in command("train", "--help").stdout
+
+
+def test_version(command: Command) -> None:
+    assert command("--version").stdout == f"nemotune {nemotune.__version__}\n"
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("trian", "train"), ("evaluate", "eval"), ("reports", "report")])
+def test_misspelt_verb_suggests_the_nearest(command: Command, typed: str, meant: str) -> None:
+    done = command(typed)
+    assert done.returncode == 2
+    assert f"no verb '{typed}'. Did you mean '{meant}'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["run", "quikstart"], ["recipe: no built-in recipe 'quikstart'. Did you mean 'quickstart'? A path to a YAML file works too."]),
+        (["data", "quickstart", "data.formt=chat"], ["data.formt: unknown key. Did you mean 'format'?"]),
+        (["plan", "none.yaml"], ["recipe: no file 'none.yaml' here"]),
+        (["train", "quickstart", "train.epochs=x", "lora.rnk=1"], ["lora.rnk: unknown key. Did you mean 'rank'?", "train.epochs: got 'x', expected"]),
+        (["run", "glaive-nano-4b"], ["model.quantization: not built yet: nf4"]),
+        (["run", "medmcqa-nano-30b"], ["parallel: not built yet: more than one process"]),
+    ],
+)  # fmt: skip
+def test_mistake_is_one_readable_block(command: Command, words: list[str], lines: list[str]) -> None:
+    done = command(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    heading, *told = done.stderr.splitlines()
+    assert heading == "Error"
+    for line, expected in zip(told, lines, strict=True):
+        assert line.startswith(f"  {expected}")
+
+
+def test_debug_shows_where_an_error_came_from(command: Command) -> None:
+    for words in (["--debug", "run", "quikstart"], ["run", "quikstart", "--debug"]):
+        done = command(*words)
+        assert done.returncode == 2 and "Traceback" in done.stderr and "quikstart" in done.stderr
+
+
+def test_interrupt_exits_130_with_one_line() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(nemotune.__file__).parent.parent)!r})\n"
+        "import nemotune.recipe\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "nemotune.recipe.load = interrupted\n"
+        "sys.argv = ['nemotune', 'run', 'quickstart']\n"
+        "from nemotune.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "Interrupted. The same command with --resume goes on from the last checkpoint of a training run.\n"
+
+
+def test_recipes_list_names_every_recipe_and_what_it_waits_for(command: Command) -> None:
+    done = command("recipes", "list")
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    assert all(name in rows for name in builtin_names())
+    assert "runs today" in rows["quickstart"] and "model.quantization" in rows["glaive-nano-4b"]
+
+
+def test_recipes_show_prints_what_is_written_or_resolved(command: Command) -> None:
+    assert command("recipes", "show", "fiqa-nano-8b").stdout.startswith("# Financial questions")
+    resolved = json.loads(command("recipes", "show", "fiqa-nano-8b", "train.epochs=2").stdout)
+    assert resolved == dump(load("fiqa-nano-8b", ["train.epochs=2"]))
+    assert json.loads(command("recipes", "show", "--resolved").stdout) == dump(load("quickstart"))
+
+
+def test_recipes_schema_is_written_once(command: Command, tmp_path: Path) -> None:
+    assert json.loads(command("recipes", "schema").stdout) == json_schema()
+    assert command("recipes", "schema", "--output", "recipe.schema.json").returncode == 0
+    assert json.loads((tmp_path / "recipe.schema.json").read_text()) == json_schema()
+    again = command("recipes", "schema", "--output", "recipe.schema.json")
+    assert again.returncode == 2 and "--overwrite replaces it" in again.stderr
+    assert command("recipes", "schema", "--output", "recipe.schema.json", "--overwrite").returncode == 0
+
+
+def test_doctor_tells_machine_and_versions(command: Command) -> None:
+    found = json.loads(command("doctor", "--json").stdout)
+    assert found["nemotune"] == nemotune.__version__ and found["cpus"] >= 1 and found["memory_bytes"] > 2**30
+    assert all(found["packages"].values())

@@ -1,0 +1,113 @@
+"""Each verb opens its recipe and hands it to its stage with the options that were typed; `finetune` is `run` in short."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from nemotune.cli import finetune
+from nemotune.cli.main import app
+from nemotune.errors import NemotuneError
+from nemotune.recipe import load
+from nemotune.workflow import stages
+
+STAGES = {"run": "run", "data": "data", "plan": "plan", "train": "train", "eval": "evaluate", "merge": "merge", "report": "report"}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """The stages called, with their arguments bound to the real signatures."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    for name in STAGES.values():
+        signature = inspect.signature(getattr(stages, name))
+        monkeypatch.setattr(
+            stages, name, lambda *a, name=name, signature=signature, **k: calls.append((name, signature.bind(*a, **k).arguments))
+        )
+    return calls
+
+
+def typed(*words: str, application: Any = app) -> None:
+    done = CliRunner().invoke(application, words)
+    assert done.exception is None, done.output
+
+
+@pytest.mark.parametrize(("verb", "stage"), STAGES.items())
+def test_verb_calls_its_stage_with_the_recipe(verb: str, stage: str, asked: list[tuple[str, dict[str, Any]]]) -> None:
+    typed(verb, "quickstart", "train.epochs=7")
+    [(called, arguments)] = asked
+    assert called == stage
+    if verb != "report":
+        assert arguments["recipe"] == load("quickstart", ["train.epochs=7"])
+    if verb != "plan":
+        assert arguments["run_dir"] == Path("runs/quickstart")
+
+
+def test_recipe_left_out_is_quickstart(asked: list[tuple[str, dict[str, Any]]]) -> None:
+    typed("run")
+    assert asked[0][1]["recipe"] == load("quickstart")
+
+
+@pytest.mark.parametrize("verb", ["run", "train"])
+def test_options_reach_the_stage(verb: str, asked: list[tuple[str, dict[str, Any]]]) -> None:
+    typed(verb, "quickstart", "name=other", "--resume", "--dry-run")
+    typed(verb, "quickstart", "--overwrite", "--run-dir", "elsewhere")
+    first, second = (arguments for _, arguments in asked)
+    assert (first["resume"], first["overwrite"], first["dry_run"], first["run_dir"]) == (True, False, True, Path("runs/other"))
+    assert (second["resume"], second["overwrite"], second["dry_run"], second["run_dir"]) == (False, True, False, Path("elsewhere"))
+
+
+def test_run_directory_stands_for_its_recipe(asked: list[tuple[str, dict[str, Any]]], tmp_path: Path) -> None:
+    import json
+
+    from nemotune.recipe import dump
+
+    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": dump(load("quickstart", ["train.epochs=9"]))}))
+    typed("eval", str(tmp_path))
+    typed("report", str(tmp_path))
+    assert asked[0][1]["recipe"].train.epochs == 9
+    assert [arguments["run_dir"] for _, arguments in asked] == [tmp_path, tmp_path]
+
+
+def test_data_and_merge_options_reach_their_stages(asked: list[tuple[str, dict[str, Any]]]) -> None:
+    typed("data", "quickstart", "--show", "5")
+    typed("merge", "quickstart", "--output", "out")
+    assert asked[0][1]["show"] == 5 and asked[1][1]["output"] == Path("out")
+
+
+def test_finetune_is_the_function_calling_recipe_in_short(asked: list[tuple[str, dict[str, Any]]]) -> None:
+    typed("--max-samples", "1000", "--merge", "model.quantization=none", application=finetune.app)
+    [(called, arguments)] = asked
+    assert called == "run"
+    assert arguments["recipe"] == load("glaive-nano-4b", ["data.max_samples=1000", "export.merged=true", "model.quantization=none"])
+    assert arguments["run_dir"] == Path("runs/glaive-nano-4b")
+
+
+def test_finetune_takes_model_data_and_output(asked: list[tuple[str, dict[str, Any]]]) -> None:
+    typed(
+        "--model",
+        "a/b",
+        "--data",
+        "rows.jsonl",
+        "--output",
+        "here",
+        "data.format=chat",
+        "model.quantization=none",
+        application=finetune.app,
+    )
+    arguments = asked[0][1]
+    assert (arguments["recipe"].model.path, arguments["recipe"].data.train.path, arguments["recipe"].data.format) == (
+        "a/b",
+        "rows.jsonl",
+        "chat",
+    )
+    assert arguments["run_dir"] == Path("here")
+
+
+def test_finetune_is_refused_as_run_is() -> None:
+    done = CliRunner().invoke(finetune.app, ["--merge", "--gguf", "q4_k_m"])
+    assert isinstance(done.exception, NemotuneError)
+    assert [line.split(":")[0] for line in str(done.exception).splitlines()] == ["model.quantization", "export.gguf"]
