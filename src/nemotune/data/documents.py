@@ -41,7 +41,7 @@ class SplitWriter:
         if found.error:
             rejects.add(found.row, found.error)
             return
-        fitting = [kept for tokens, mask in found.documents if (kept := self._fit(tokens, mask, found.row, rejects))]
+        fitting = [kept for tokens, mask in self._pieces(found) if (kept := self._fit(tokens, mask, found.row, rejects))]
         for tokens, mask in fitting:
             self._documents.append(tokens, mask, found.row)
             self._lengths.append(len(tokens))
@@ -52,10 +52,16 @@ class SplitWriter:
             self._rows.write(found.line)
             self._counts["rows"] += 1
 
+    def _pieces(self, found: Tokenised) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The row's documents, long ones cut into several of like length where `data.overflow` says so."""
+        for tokens, mask in found.documents:
+            self._longest = max(self._longest, len(tokens))
+            count = -(-len(tokens) // self.data.sequence_length) if self.data.overflow == "split" else 1
+            yield from zip(np.array_split(tokens, count), np.array_split(mask, count), strict=True)
+
     def _fit(self, tokens: np.ndarray, mask: np.ndarray, row: int, rejects: Rejects) -> tuple[np.ndarray, np.ndarray] | None:
         """The document within the limit, or None after an entry in `rejects`."""
         limit = self.data.sequence_length
-        self._longest = max(self._longest, len(tokens))
         if len(tokens) > limit:
             detail = f"{len(tokens)} tokens, expected at most {limit}"
             if self.data.overflow == "error":

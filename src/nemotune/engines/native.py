@@ -5,17 +5,21 @@ LoRA leaves `adapter/`, full tuning and pretraining leave `model/`, each with th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from rich.console import Console
 
 from nemotune.data.prepare import Prepared
+from nemotune.data.template import Renderer
 from nemotune.files import write_json
 from nemotune.lora import apply_lora, coverage, save_adapter
-from nemotune.models import CausalLM, load_model, load_tokenizer, save_model
+from nemotune.models import CausalLM, load_model, load_tokenizer, locate, read_config, save_model
 from nemotune.recipe import Recipe
 from nemotune.train import TrainResult
 from nemotune.train import run as run_training
+
+GENERATION_FILE = "generation_config.json"
 
 
 def train(recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, console: Console) -> TrainResult:
@@ -33,7 +37,13 @@ def train(recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, co
     )
     for note in save_trained(model, recipe, run_dir):
         console.print(f"[yellow]{note}")
+    save_conversation(recipe, run_dir / trained_name(recipe))
     return result
+
+
+def trained_name(recipe: Recipe) -> str:
+    """The directory of the run that holds what was trained."""
+    return "adapter" if recipe.method == "lora" else "model"
 
 
 def save_trained(model: CausalLM, recipe: Recipe, run_dir: Path) -> list[str]:
@@ -41,9 +51,20 @@ def save_trained(model: CausalLM, recipe: Recipe, run_dir: Path) -> list[str]:
     if recipe.method != "lora":
         save_model(model, run_dir / "model", overwrite=True)
         return []
-    notes = save_adapter(model, run_dir / "adapter", recipe.lora, base=recipe.model.path, overwrite=True)
-    load_tokenizer(recipe.model.path, recipe.model.revision).save_pretrained(run_dir / "adapter")
-    return notes
+    return save_adapter(model, run_dir / "adapter", recipe.lora, base=recipe.model.path, overwrite=True)
+
+
+def save_conversation(recipe: Recipe, directory: Path) -> None:
+    """Put beside the weights what it takes to talk to them as they were trained: tokenizer, template, and every token that ends an answer."""
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    renderer = Renderer(tokenizer, template=recipe.data.template, thinking=recipe.data.thinking)
+    tokenizer.chat_template = renderer.chat_template or tokenizer.chat_template
+    tokenizer.save_pretrained(directory)
+    base = locate(recipe.model.path, recipe.model.revision)
+    stops = sorted({*read_config(base).eos_token_id, *renderer.stop_ids})
+    settings = base / GENERATION_FILE
+    before = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    write_json(directory / GENERATION_FILE, {**before, "eos_token_id": stops})
 
 
 def default_device() -> str:

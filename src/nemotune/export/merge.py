@@ -6,6 +6,7 @@ dtype; every other tensor's bytes are the source's. Memory is a few tensors, wha
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from nemotune.lora.adapter import Adapter, read_adapter
 from nemotune.models.config import read_config
 from nemotune.models.loading import build_model, check_weights, copy_side_files, disk_pieces
 from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
+
+TRAINED_WITH = ("chat_template.jinja", "generation_config.json")  # the adapter's own win over the base's: it was trained with them
 
 
 @dataclass(frozen=True)
@@ -64,4 +67,7 @@ def merge(
     with staged_directory(target, overwrite=overwrite, needed_bytes=plan.write.num_bytes) as aside:
         write_checkpoint(aside, plan.write, read, done=done)
         copy_side_files(base_dir, aside)
+        for name in TRAINED_WITH:
+            if (adapter_dir / name).is_file():
+                shutil.copyfile(adapter_dir / name, aside / name)
     return plan

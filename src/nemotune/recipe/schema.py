@@ -79,7 +79,7 @@ class Data(Section):
     template: str = "model"  # model | none | chatml | a Jinja file
     thinking: bool = False
     sequence_length: PositiveInt = 4096
-    overflow: Literal["drop", "truncate", "error"] = "drop"
+    overflow: Literal["drop", "truncate", "split", "error"] = "drop"  # split: long text into several documents
     packing: bool = True
     train_on: Literal["assistant", "all"] = "assistant"
 
@@ -216,6 +216,10 @@ class Recipe(Section):
         if self.method != "lora" and self.model.quantization != "none":
             problems.append(
                 f"model.quantization: got '{self.model.quantization}', expected none for method: {self.method} (only LoRA leaves the base frozen)"
+            )
+        if self.data.overflow == "split" and self.data.format != "text":
+            problems.append(
+                f"data.overflow: got 'split', expected drop, truncate or error for data.format: {self.data.format} (an answer would lose its question)"
             )
         if self.model.weights == "random" and self.method != "pretrain":
             problems.append(f"model.weights: got 'random', expected pretrained for method: {self.method}")

@@ -29,7 +29,7 @@ def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run
     """The whole run. With `dry_run`, the plan and the list of what would be written."""
     if dry_run:
         plan(recipe, console=console)
-        console.print(f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {_trained_name(recipe)}, eval, export, report.html")
+        console.print(f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {native.trained_name(recipe)}, eval, export, report.html")
         return
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
     estimate(recipe)  # a target or a config that does not fit is told before the rows are read
@@ -65,7 +65,7 @@ def train(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_r
     """Train on the prepared rows, preparing them first where they are not there."""
     if dry_run:
         plan(recipe, console=console)
-        console.print(f"would write {run_dir / _trained_name(recipe)}")
+        console.print(f"would write {run_dir / native.trained_name(recipe)}")
         return
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
@@ -74,12 +74,12 @@ def train(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_r
     result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=console)
     ended = "stopped early" if result.stopped_early else "finished"
     console.print(f"{ended} after {result.steps} steps; the {result.weights} weights are kept")
-    _wrote(console, run_dir / _trained_name(recipe), then=f"nemotune eval {run_dir}")
+    _wrote(console, run_dir / native.trained_name(recipe), then=f"nemotune eval {run_dir}")
 
 
 def evaluate(recipe: Recipe, *, run_dir: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
     """Score the tuned model, and its base if asked, on the held-out rows; compare the two."""
-    eval_dir, trained = run_dir / "eval", run_dir / _trained_name(recipe)
+    eval_dir, trained = run_dir / "eval", run_dir / native.trained_name(recipe)
     if dry_run:
         console.print(f"would evaluate {', '.join(recipe.evaluate.tasks)} into {eval_dir}")
         return
@@ -93,6 +93,7 @@ def evaluate(recipe: Recipe, *, run_dir: Path, overwrite: bool, dry_run: bool, c
     device = native.default_device()
     if baseline or recipe.method == "lora":
         model = load_model(recipe.model.path, dtype=recipe.model.dtype, revision=recipe.model.revision, device=device).eval()
+        (eval_dir / "base.jsonl").unlink(missing_ok=True)
         if baseline:
             run_evaluation(model, tokenizer, recipe, prepared, label="base", out_dir=eval_dir)
         if recipe.method == "lora":
@@ -132,10 +133,6 @@ def _prepared(run_dir: Path) -> Prepared:
     if not (run_dir / "data" / "stats.json").is_file():
         raise MissingFileError(f"{run_dir / 'data'}: no prepared data; `nemotune data` comes first")
     return Prepared.load(run_dir / "data")
-
-
-def _trained_name(recipe: Recipe) -> str:
-    return "adapter" if recipe.method == "lora" else "model"
 
 
 def _wrote(console: Console, path: Path, *, then: str) -> None:

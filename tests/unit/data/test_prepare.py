@@ -170,6 +170,20 @@ def test_rows_over_the_limit_follow_overflow_and_are_counted(run, write_rows, tm
     assert prepared.stats["sources"]["train"]["bad"] == 0
 
 
+def test_long_text_is_split_and_no_token_of_it_is_lost(run, write_rows):
+    text = "how are you? " * 90
+    whole = run(out="whole", train=write_rows([{"text": text}]), format="text", template="none", sequence_length=4096).train
+    split = run(train=write_rows([{"text": text}]), format="text", template="none", overflow="split").train
+    assert len(split) > 1 and len(split[0].tokens) <= 128
+    assert np.concatenate([split[i].tokens for i in range(len(split))]).tolist() == whole[0].tokens.tolist()
+    assert {split[i].row for i in range(len(split))} == {0} and len(list(split.examples())) == 1
+
+
+def test_conversations_cannot_be_split(make_recipe):
+    with pytest.raises(ValueError, match="an answer would lose its question"):
+        make_recipe(42, format="chat", train="rows.jsonl", overflow="split")
+
+
 def test_overflow_error_names_the_row(run, write_rows):
     with pytest.raises(DataError, match=r"data\.overflow: error; row 2 of train has \d+ tokens, expected at most 128"):
         run(train=write_rows([*rows(2), *rows(1, words=90)]), overflow="error")
