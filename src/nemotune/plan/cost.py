@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from nemotune.lora import Coverage, apply_lora, coverage
@@ -50,19 +51,15 @@ def estimate(recipe: Recipe) -> Cost:
     )
 
 
-def cost_table(cost: Cost) -> Table:
+def cost_line(cost: Cost) -> str:
     """The bytes as people read them."""
-    table = Table(title="Memory before activations", title_justify="left", header_style="bold")
-    table.add_column("what")
-    table.add_column("GB", justify="right")
-    for what, size in (
-        ("weights", cost.weight_bytes),
-        ("gradients", cost.gradient_bytes),
-        ("optimiser", cost.optimizer_bytes),
-        ("total", cost.total_bytes),
-    ):
-        table.add_row(what, f"{size / 1e9:,.3f}")
-    return table
+    parts = {
+        "weights": cost.weight_bytes,
+        "gradients": cost.gradient_bytes,
+        "optimiser": cost.optimizer_bytes,
+        "together": cost.total_bytes,
+    }
+    return "Memory before activations: " + ", ".join(f"{what} {decimal(size, precision=1)}" for what, size in parts.items())
 
 
 def coverage_table(covered: Coverage) -> Table:

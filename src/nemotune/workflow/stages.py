@@ -20,7 +20,7 @@ from nemotune.export.merge import merge as merge_files
 from nemotune.export.merge import plan_merge
 from nemotune.lora import load_adapter
 from nemotune.models import load_model, load_tokenizer, locate
-from nemotune.plan.cost import cost_table, coverage_table, estimate
+from nemotune.plan.cost import cost_line, coverage_table, estimate
 from nemotune.recipe import Recipe
 from nemotune.workflow.run_dir import open_run, refuse_begun
 
@@ -58,7 +58,7 @@ def plan(recipe: Recipe, *, console: Console) -> None:
     cost = estimate(recipe)
     if recipe.method == "lora":
         console.print(coverage_table(cost.coverage))
-    console.print(cost_table(cost))
+    console.print(cost_line(cost))
 
 
 def train(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
