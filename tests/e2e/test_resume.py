@@ -66,3 +66,31 @@ def test_a_torn_checkpoint_is_passed_over(nemotune, recipe_file, tmp_path):
     (newest / "trainer.json").unlink()
     resumed = nemotune("train", recipe_file, "train.max_steps=6", "--resume")
     assert resumed.returncode == 0 and "resumed after step 3" in resumed.stdout
+
+
+def test_a_run_that_stopped_early_stays_stopped_and_keeps_the_best_weights(nemotune, recipe_file, tmp_path):
+    settings = ("train.max_steps=30", "train.eval_every=1", "train.early_stopping=2", "train.learning_rate=0.5", "train.schedule=constant")
+    first = nemotune("train", recipe_file, *settings)
+    assert first.returncode == 0 and "stopped early" in first.stdout and "the best weights are kept" in first.stdout, first.stdout
+    run_dir = tmp_path / "runs" / "trial"
+    losses = [row["loss"] for row in read_metrics(run_dir) if row["kind"] == "eval"]
+    assert min(losses[-2:]) > min(losses), "two evaluations without a better one"
+    steps, adapter = read_metrics(run_dir)[-1]["step"], (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+    again = nemotune("train", recipe_file, *settings, "--resume")
+    assert again.returncode == 0, again.stdout
+    assert read_metrics(run_dir)[-1]["step"] == steps
+    assert (run_dir / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_memory_settings_may_change_on_resume(nemotune, recipe_file, tmp_path):
+    assert nemotune("train", recipe_file, "train.max_steps=3").returncode == 0
+    smaller = ("train.max_steps=6", "train.micro_batch_size=1", "train.activation_checkpointing=full", "--resume")
+    resumed = nemotune("train", recipe_file, *smaller)
+    assert resumed.returncode == 0 and "resumed after step 3" in resumed.stdout, resumed.stdout
+
+
+def test_evaluating_another_model_than_was_trained_is_refused(nemotune, recipe_file, tmp_path):
+    assert nemotune("train", recipe_file, "train.max_steps=2").returncode == 0
+    other = nemotune("eval", recipe_file, "data.thinking=true")
+    assert other.returncode == 2 and "data.thinking: got True, the run was begun with False" in other.stdout
+    assert nemotune("eval", tmp_path / "runs" / "trial").returncode == 0

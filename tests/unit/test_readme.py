@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from pages import DOCS, PAGES, README, ROOT, blocks, commands, table_rows
 
 from nemotune.cli import finetune
 from nemotune.cli.main import MODULES, VERBS, app
@@ -21,26 +21,7 @@ from nemotune.recipe.load import builtin_text
 from nemotune.recipe.schema import Section
 from nemotune.recipe.support import LIMITS, refused
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return [text for language, text in found if language in languages]
-
-
-def table_rows(page: Path, heading: str) -> list[list[str]]:
-    """The cells of the table that begins with the row `| heading |`."""
-    _, _, rest = page.read_text(encoding="utf-8").partition(f"| {heading} |\n")
-    lines = rest.split("\n\n")[0].splitlines()[1:]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-
-
-def commands(page: Path) -> list[list[str]]:
-    lines = [line for text in blocks(page, "sh") for line in text.splitlines()]
-    return [words for line in lines if (words := shlex.split(line, comments=True)) and words[0] in ("nemotune", "finetune")]
 
 
 @by_page
@@ -53,9 +34,11 @@ def test_recipes_in_the_text_load(page: Path, tmp_path: Path) -> None:
 
 @by_page
 def test_python_in_the_text_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A page is one session: later blocks use the names and files of earlier ones."""
     monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
     for text in blocks(page, "python"):
-        exec(compile(text, str(page), "exec"), {})
+        exec(compile(text, str(page), "exec"), names)
 
 
 @by_page
@@ -76,8 +59,21 @@ def test_commands_in_the_text_exist(page: Path) -> None:
 
 @by_page
 def test_links_and_paths_in_the_text_exist(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+    links = re.findall(r"\]\(([^)#]+)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
+    local = [(page.parent / link, anchor) for link, anchor in links if "://" not in link]
+    assert [target for target, _ in local if not target.exists()] == []
+    assert [(target, anchor) for target, anchor in local if anchor and anchor not in anchors(target)] == []
+
+
+def anchors(page: Path) -> list[str]:
+    """The headings as GitHub links to them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_readme_lists_the_pages() -> None:
+    linked = [re.search(r"\((.*)\)", page)[1] for page, _ in table_rows(README, "page | what it answers")]  # type: ignore[index]
+    assert sorted(linked) == sorted(str(page.relative_to(ROOT)) for page in DOCS.glob("*.md"))
 
 
 def leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -89,16 +85,14 @@ def leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def test_recipe_page_has_every_key_with_its_default() -> None:
-    told = [
-        (key.strip("`"), default.strip("`")) for key, default, _ in table_rows(ROOT / "docs" / "recipe.md", "key | default | what it says")
-    ]
+    told = [(key.strip("`"), default.strip("`")) for key, default, _ in table_rows(DOCS / "recipe.md", "key | default | what it says")]
     assert told == [(key, "required" if field.is_required() else json.dumps(field.default)) for key, field in leaves(Recipe)]
 
 
 def test_cli_page_has_every_verb_with_its_options() -> None:
     told = {
         verb.strip("`"): set(options.replace("`", "").split())
-        for verb, _, options in table_rows(ROOT / "docs" / "cli.md", "verb | what it does | options")
+        for verb, _, options in table_rows(DOCS / "cli.md", "verb | what it does | options")
     }
     real: dict[str, set[str]] = {}
     for verb in VERBS:
@@ -109,12 +103,12 @@ def test_cli_page_has_every_verb_with_its_options() -> None:
 
 
 def test_readme_lists_what_is_not_built_yet() -> None:
-    rows = [[cell.replace("`", "") for cell in row] for row in table_rows(ROOT / "README.md", "key | not built yet | instead")]
+    rows = [[cell.replace("`", "") for cell in row] for row in table_rows(README, "key | not built yet | instead")]
     assert rows == [[limit.key, limit.what, limit.instead] for limit in LIMITS]
 
 
 def test_readme_lists_the_recipes_and_what_they_wait_for() -> None:
-    rows = [[cell.replace("`", "") for cell in row] for row in table_rows(ROOT / "README.md", "recipe | what it does | waits for")]
+    rows = [[cell.replace("`", "") for cell in row] for row in table_rows(README, "recipe | what it does | waits for")]
     summaries = [(name, builtin_text(name).partition("\n")[0].removeprefix("# ")) for name in builtin_names()]
     assert rows == [
         [name, text.replace("`", ""), ", ".join(limit.key for limit in refused(load(name))) or "runs today"] for name, text in summaries
@@ -122,7 +116,7 @@ def test_readme_lists_the_recipes_and_what_they_wait_for() -> None:
 
 
 def test_readme_tree_is_the_tree() -> None:
-    [tree] = [text for text in blocks(ROOT / "README.md", "") if text.startswith("src/nemotune/")]
+    [tree] = [text for text in blocks(README, "") if text.startswith("src/nemotune/")]
     named = {line.split()[0].rstrip("/") for line in tree.splitlines()[1:] if line.startswith("  ")}
     packages = {path.parent.name for path in (ROOT / "src" / "nemotune").glob("*/__init__.py")}
     modules = {path.name for path in (ROOT / "src" / "nemotune").glob("*.py")} - {"__init__.py"}

@@ -31,7 +31,7 @@ from nemotune.weights import TensorInfo, WritePlan, write_checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-OUT_PROJ_NOTE = "PEFT refuses Mamba's out_proj, which this adapter has: it loads in nemotune, merges, and serves in vLLM"
+OUT_PROJ_NOTE = "PEFT refuses Mamba's out_proj, which this adapter has: it loads in nemotune and merges"
 
 
 @dataclass(frozen=True)

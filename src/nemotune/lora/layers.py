@@ -37,7 +37,7 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
         """A as PEFT draws it, Kaiming uniform with a = sqrt(5): the same for a module under any order of modules; B stays zero."""
-        generator = torch.Generator().manual_seed(seed * 2**32 + self.module_id)
+        generator = torch.Generator().manual_seed(zlib.crc32(self.module_id.to_bytes(4, "big"), seed))  # 32 bits are all that it takes
         bound = 1 / math.sqrt(self.in_features)
         self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator) * 2 * bound - bound)
 
@@ -94,7 +94,7 @@ def expert_keys(keys_T: Tensor, sent: Dispatch) -> Tensor:
 def wrap(base: nn.Module, lora: Lora, *, name: str, keys: DropoutKeys, seed: int) -> LoRALayer:
     """The LoRA form of `base`."""
     form = LoRAExperts if isinstance(base, GroupedLinear) else LoRALinear
-    return form(base, lora, name=name, keys=keys, seed=seed)
+    return form(base, lora, name=name, keys=keys, seed=seed).train(base.training)
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:

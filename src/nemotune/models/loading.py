@@ -36,7 +36,10 @@ Dtype = Literal["bfloat16", "float32"]
 def build_model(config: NemotronHConfig | LlamaConfig) -> CausalLM:
     """The family's model with parameters on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return FAMILIES[type(config)](config)
+        model = FAMILIES[type(config)](config)
+    if config.tie_word_embeddings:
+        model.tie_head()
+    return model
 
 
 def load_model(
@@ -50,7 +53,7 @@ def load_model(
 ) -> CausalLM:
     """The model at `path` (directory, hub id or built-in name), computing in `dtype`.
 
-    Weights are held in `dtype`, in fp32 where the family asks for it and everywhere if `trainable`. With `random_seed` the
+    It is in evaluation mode. Weights are held in `dtype`, in fp32 where the family asks for it and everywhere if `trainable`. With `random_seed` the
     weights are drawn instead of read, and the directory needs no shards. Raises MissingFileError, CheckpointError.
     """
     directory = locate(path, revision)
@@ -70,7 +73,7 @@ def load_model(
         model.tie_head()
     if random_seed is not None:
         initialize(model, seed=random_seed)
-    return model.requires_grad_(trainable)
+    return model.requires_grad_(trainable).eval()
 
 
 def save_model(model: CausalLM, directory: str | Path, *, overwrite: bool = False) -> None:

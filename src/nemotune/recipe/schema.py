@@ -192,7 +192,7 @@ class Logging(Section):
 
 
 class Recipe(Section):
-    """One run, whole. Field by field: README, section "Recipe", and `nemotune recipes schema`."""
+    """One run, whole. Field by field: docs/recipe.md, and `nemotune recipes schema`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     model: Model
@@ -223,6 +223,10 @@ class Recipe(Section):
             )
         if self.model.weights == "random" and self.method != "pretrain":
             problems.append(f"model.weights: got 'random', expected pretrained for method: {self.method}")
+        if self.method != "lora" and self.export.merged:
+            problems.append(
+                f"export.merged: got true, expected false for method: {self.method} (it leaves a whole model, there is nothing to merge)"
+            )
         if self.train.early_stopping and not self.train.eval_every:
             problems.append("train.early_stopping: needs train.eval_every, since it counts evaluations")
         if self.train.eval_every and self.data.validation is None:

@@ -35,6 +35,10 @@ class Progress:
     best_loss: float | None = None
     evaluations_without_better: int = 0
 
+    def has_waited(self, patience: int | None) -> bool:
+        """Whether `patience` evaluations have passed without a better loss."""
+        return patience is not None and self.evaluations_without_better >= patience
+
     def after_evaluation(self, loss: float, *, better: bool) -> Progress:
         """The progress with one more validation counted."""
         if better:

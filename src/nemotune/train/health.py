@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -24,12 +25,11 @@ class Liveness:
 
     def __init__(self, model: nn.Module):
         self.layers = dict(lora_modules(model))
-        self.received: dict[str, Tensor] = {}
-        self.alive: dict[str, Tensor] = {}
+        self.received: dict[tuple[str, str], Tensor] = {}  # (module, lora_A or lora_B) -> per expert: was it to get a gradient?
+        self.alive: dict[tuple[str, str], Tensor] = {}  # ... and has it had one?
         self.steps = 0
-        self._hooks = [
-            layer.register_forward_hook(self._watch(name)) for name, layer in self.layers.items() if isinstance(layer, LoRAExperts)
-        ]
+        experts = {name: layer for name, layer in self.layers.items() if isinstance(layer, LoRAExperts)}
+        self._hooks = [layer.register_forward_hook(self._watch(name)) for name, layer in experts.items()]
 
     def check(self) -> None:
         """Call after each backward and before the update. Raises TrainingError naming the module."""
@@ -38,27 +38,29 @@ class Liveness:
         dead = [problem for name, layer in self.layers.items() if isinstance(layer, LoRALinear) for problem in self._dead(name, layer)]
         if dead:
             raise TrainingError(
-                f"{len(dead)} adapter tensors have no gradient, first {dead[0]}; the module's weight is used without calling the module, or no token reaches it"
+                f"{len(dead)} adapter tensors have no gradient, first {dead[0]}; the module's weight is used without calling the module, "
+                "or no token reaches it"
             )
         for name, layer in self.layers.items():
-            if isinstance(layer, LoRAExperts) and layer.lora_B.grad is not None:
-                live = layer.lora_B.grad.flatten(1).abs().amax(1) > 0
-                self.alive[name] = self.alive.get(name, torch.zeros_like(live)) | live
+            if isinstance(layer, LoRAExperts):
+                for which, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                    if parameter.grad is not None:
+                        _mark(self.alive, (name, which), _any_per_expert(parameter.grad))
         self.steps += 1
         if self.steps == EXPERT_STEPS:
             self._finish()
 
     def unreached(self) -> dict[str, int]:
         """Experts that no gradient reached while watched, counted by module: they keep the base's behaviour."""
-        return {name: int((~seen).sum()) for name, seen in self.received.items() if not seen.all()}
+        return {name: int((~seen).sum()) for (name, which), seen in self.received.items() if which == "lora_B" and not seen.all()}
 
     def _dead(self, name: str, layer: LoRALinear) -> list[str]:
         checked = {"lora_B": layer.lora_B}
-        if layer.lora_B.abs().max() > 0:
+        if layer.lora_B.any():
             checked["lora_A"] = layer.lora_A
         return [f"{name}.{which}" for which, parameter in checked.items() if parameter.grad is None or not parameter.grad.any()]
 
-    def _watch(self, name: str):
+    def _watch(self, name: str) -> Callable[[LoRAExperts, tuple, Tensor], None]:
         def after_forward(layer: LoRAExperts, inputs: tuple, output: Tensor) -> None:
             if not output.requires_grad:
                 return
@@ -67,8 +69,9 @@ class Liveness:
             def after_backward(gradient: Tensor) -> None:
                 experts_M = torch.repeat_interleave(counts)
                 reached = torch.zeros(len(counts), dtype=torch.bool, device=output.device)
-                reached[experts_M[gradient.abs().amax(-1) > 0]] = True
-                self.received[name] = self.received.get(name, torch.zeros_like(reached)) | reached
+                reached[experts_M[gradient.any(-1)]] = True
+                _mark(self.received, (name, "lora_B"), reached)
+                _mark(self.received, (name, "lora_A"), reached & _any_per_expert(layer.lora_B))
 
             output.register_hook(after_backward)
 
@@ -77,12 +80,19 @@ class Liveness:
     def _finish(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for name, received in self.received.items():
-            dead = received & ~self.alive[name]
+        for (name, which), received in self.received.items():
+            dead = received & ~self.alive.get((name, which), torch.zeros_like(received))
             if dead.any():
-                raise TrainingError(
-                    f"{name}: experts {dead.nonzero().flatten().tolist()[:8]} received gradient and their lora_B has none after {EXPERT_STEPS} steps"
-                )
+                experts = dead.nonzero().flatten().tolist()[:8]
+                raise TrainingError(f"{name}: experts {experts} received gradient and their {which} has none after {EXPERT_STEPS} steps")
+
+
+def _any_per_expert(values: Tensor) -> Tensor:
+    return values.flatten(1).any(1)
+
+
+def _mark(seen: dict[tuple[str, str], Tensor], key: tuple[str, str], new: Tensor) -> None:
+    seen[key] = seen[key] | new if key in seen else new
 
 
 def require_finite(loss: float, grad_norm: float, parameters: dict[str, nn.Parameter], *, step: int) -> None:
@@ -115,6 +125,6 @@ class SpikeGuard:
         usual = median(self.recent)
         if self.spikes >= SPIKES_TO_STOP:
             raise TrainingError(
-                f"step {step}: the loss has been over {loss:.2f} for {self.spikes} steps where {usual:.2f} was usual; lower train.learning_rate and --resume from the last checkpoint"
+                f"step {step}: the loss has been over {loss:.2f} for {self.spikes} steps where {usual:.2f} was usual; begin again with a lower train.learning_rate or a longer warmup"
             )
         return f"loss {loss:.2f} where {usual:.2f} is usual"

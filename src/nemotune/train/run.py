@@ -72,7 +72,7 @@ def run(
     model.train()
     metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step)
     liveness, spikes = Liveness(model), SpikeGuard()
-    stopped_early, loss = False, math.nan
+    stopped_early, loss = progress.has_waited(settings.early_stopping), math.nan
     with StepBar(console, total=total_steps, done=progress.step) as bar:
         while progress.step < total_steps and not stopped_early:
             started = time.perf_counter()
@@ -103,10 +103,10 @@ def run(
                 bar.note(f"validation {held_out:.4f}")
                 better = progress.best_loss is None or held_out < progress.best_loss
                 progress = progress.after_evaluation(held_out, better=better)
-                stopped_early = bool(settings.early_stopping) and progress.evaluations_without_better >= settings.early_stopping
+                stopped_early = progress.has_waited(settings.early_stopping)
             due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
             if due or is_last or stopped_early or (better and settings.early_stopping):
-                checkpoints.save(model, optimizer, progress, best=better)
+                checkpoints.save(model, optimizer, progress, best=better and settings.early_stopping is not None)
     metrics.close()
     if unreached := liveness.unreached():
         console.print(f"experts that no gradient reached in the first steps: {sum(unreached.values())} in {len(unreached)} modules")

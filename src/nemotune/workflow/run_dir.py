@@ -14,7 +14,11 @@ from nemotune.files import write_json
 from nemotune.plan import environment
 from nemotune.recipe import Recipe, dump
 
-MAY_CHANGE = ("train.max_steps", "train.epochs", "logging.", "evaluate.", "export.")  # what a resumed run may have otherwise
+MAY_CHANGE = (  # what a resumed run may have otherwise: how long it goes on, what it writes, and what changes rounding alone
+    "train.max_steps", "train.epochs", "train.micro_batch_size", "train.activation_checkpointing", "train.checkpoint_every",
+    "train.keep_checkpoints", "logging.", "evaluate.", "export.",
+)  # fmt: skip
+OF_THE_MODEL = ("method", "model.", "data.", "lora.")  # what a trained model and its prepared rows were made with
 TRAINED = ("metrics.jsonl", "tensorboard", "checkpoints", "adapter", "model", "eval", "export", "report.html", "coverage.json")
 
 
@@ -35,12 +39,29 @@ def open_run(recipe: Recipe, run_dir: Path, *, fingerprint: str, resume: bool, o
     Raises ConflictError where a resumed recipe or its data differ from the recorded ones, naming the keys.
     """
     if resume and is_begun(run_dir):
-        _require_same(recipe, json.loads((run_dir / "recipe.json").read_text(encoding="utf-8")), fingerprint, run_dir)
+        problems = _differences(recipe, run_dir, ignore=MAY_CHANGE)
+        if _record(run_dir)["data_fingerprint"] != fingerprint:
+            problems.append("data: the rows, template or tokenizer have changed since the run was begun")
+        if problems:
+            remedy = "cannot be resumed with other settings; restore them, or use --overwrite or another name"
+            raise ConflictError("\n".join([*problems, f"{run_dir}: {remedy}"]))
     elif overwrite:
         discard(run_dir)
-    record = {"recipe": dump(recipe), "data_fingerprint": fingerprint, "code_revision": _code_revision()}
-    write_json(run_dir / "recipe.json", record)
+    record(recipe, run_dir, fingerprint=fingerprint)
+
+
+def record(recipe: Recipe, run_dir: Path, *, fingerprint: str) -> None:
+    """Write recipe.json and environment.json: from now on the directory stands for its recipe."""
+    write_json(run_dir / "recipe.json", {"recipe": dump(recipe), "data_fingerprint": fingerprint, "code_revision": _code_revision()})
     write_json(run_dir / "environment.json", environment.describe())
+
+
+def require_same_model(recipe: Recipe, run_dir: Path) -> None:
+    """Raise ConflictError where `recipe` means another model or other rows than the run in `run_dir` was trained with."""
+    if problems := _differences(recipe, run_dir, only=OF_THE_MODEL):
+        raise ConflictError(
+            "\n".join([*problems, f"{run_dir}: name the run's directory in place of the recipe, which recalls its own settings"])
+        )
 
 
 def discard(run_dir: Path) -> None:
@@ -53,19 +74,18 @@ def discard(run_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _require_same(recipe: Recipe, recorded: dict[str, Any], fingerprint: str, run_dir: Path) -> None:
-    before, now = dict(_flat(recorded["recipe"])), dict(_flat(dump(recipe)))
-    problems = [
+def _record(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "recipe.json").read_text(encoding="utf-8"))
+
+
+def _differences(recipe: Recipe, run_dir: Path, *, ignore: tuple[str, ...] = (), only: tuple[str, ...] = ("",)) -> list[str]:
+    """A line per key in which `recipe` differs from the recorded one; keys by the beginnings of their names."""
+    before, now = dict(_flat(_record(run_dir)["recipe"])), dict(_flat(dump(recipe)))
+    return [
         f"{key}: got {now.get(key)!r}, the run was begun with {before.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+        if before.get(key) != now.get(key) and key.startswith(only) and not (ignore and key.startswith(ignore))
     ]
-    if recorded["data_fingerprint"] != fingerprint:
-        problems.append("data: the rows, template or tokenizer have changed since the run was begun")
-    if problems:
-        raise ConflictError(
-            "\n".join([*problems, f"{run_dir}: cannot be resumed with other settings; restore them, or use --overwrite or another name"])
-        )
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,7 @@ from nemotune.lora import load_adapter
 from nemotune.models import load_model, load_tokenizer, locate
 from nemotune.plan.cost import cost_line, coverage_table, estimate
 from nemotune.recipe import Recipe
-from nemotune.workflow.run_dir import open_run, refuse_begun
+from nemotune.workflow.run_dir import is_begun, open_run, record, refuse_begun, require_same_model
 
 
 def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
@@ -32,6 +32,7 @@ def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run
         console.print(f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {native.trained_name(recipe)}, eval, export, report.html")
         return
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
+    console.rule(f"{recipe.name} in {run_dir}", align="left")
     estimate(recipe)  # a target or a config that does not fit is told before the rows are read
     data(recipe, run_dir=run_dir, show=0, overwrite=overwrite, dry_run=False, console=console)
     plan(recipe, console=console)
@@ -49,8 +50,10 @@ def data(recipe: Recipe, *, run_dir: Path, show: int, overwrite: bool, dry_run: 
         return
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
+    if not is_begun(run_dir):
+        record(recipe, run_dir, fingerprint=prepared.fingerprint)
     preview.show(prepared, tokenizer, console, samples=show)
-    _wrote(console, run_dir / "data", then=f"nemotune train {recipe.name}")
+    _wrote(console, run_dir / "data", then=f"nemotune train {run_dir}")
 
 
 def plan(recipe: Recipe, *, console: Console) -> None:
@@ -68,6 +71,7 @@ def train(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_r
         console.print(f"would write {run_dir / native.trained_name(recipe)}")
         return
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
+    estimate(recipe)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
     open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
@@ -87,6 +91,7 @@ def evaluate(recipe: Recipe, *, run_dir: Path, overwrite: bool, dry_run: bool, c
         raise ConflictError(f"{eval_dir}: holds an evaluation already; --overwrite replaces it")
     if not trained.is_dir():
         raise MissingFileError(f"{trained}: nothing trained yet; `nemotune train` comes first")
+    require_same_model(recipe, run_dir)
     prepared = _prepared(run_dir)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     baseline = recipe.evaluate.baseline and recipe.model.weights == "pretrained"
@@ -110,6 +115,8 @@ def merge(recipe: Recipe, *, run_dir: Path, output: Path | None, overwrite: bool
     if recipe.method != "lora":
         raise UnsupportedError(f"method: {recipe.method} leaves a whole model in {run_dir / 'model'}; there is nothing to merge")
     base, adapter, target = locate(recipe.model.path, recipe.model.revision), run_dir / "adapter", output or run_dir / "export" / "merged"
+    if (run_dir / "recipe.json").is_file():
+        require_same_model(recipe, run_dir)
     planned = plan_merge(base, adapter)
     size = f"{planned.write.num_bytes / 1e9:.2f} GB, {len(planned.updates)} of {len(planned.write.tensors)} tensors updated"
     if dry_run:
@@ -118,7 +125,7 @@ def merge(recipe: Recipe, *, run_dir: Path, output: Path | None, overwrite: bool
     with progress("merging", total=planned.write.num_bytes) as advance:
         merge_files(base, adapter, target, overwrite=overwrite, done=advance)
     console.print(f"merged: {size}")
-    _wrote(console, target, then=f"transformers serve {target}")
+    _wrote(console, target, then=f"vllm serve {target}")
 
 
 def report(run_dir: Path, *, console: Console) -> None:

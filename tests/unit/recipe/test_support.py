@@ -18,7 +18,7 @@ from nemotune.recipe.support import LIMITS, Limit, check, refused
 SOURCE = Path(nemotune.recipe.__file__).parent.parent
 
 ASKED = {
-    "data.format": ["data.format=megatron", "method=pretrain"],
+    "data.format": ["data.format=megatron", "method=pretrain", "export.merged=false"],
     "model.quantization": ["model.quantization=nf4"],
     "lora.dora": ["lora.dora=true"],
     "train.compile": ["train.compile=true"],

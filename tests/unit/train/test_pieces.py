@@ -95,7 +95,7 @@ def test_a_spike_warns_and_divergence_stops():
     assert all(guard.check(2.0, step=i) is None for i in range(32))
     assert "9.00" in guard.check(9.0, step=33)
     assert guard.check(2.0, step=34) is None
-    with pytest.raises(TrainingError, match="--resume"):
+    with pytest.raises(TrainingError, match="lower train.learning_rate"):
         for i in range(5):
             guard.check(9.0, step=35 + i)
 

@@ -1,0 +1,77 @@
+"""LoRA reaches what the recipe says, and the table shows what that is."""
+
+from __future__ import annotations
+
+import pytest
+from random_models import make
+
+from nemotune.errors import RecipeError, UnsupportedError
+from nemotune.lora import apply_lora, coverage, lora_modules
+from nemotune.models import load_model
+from nemotune.recipe import Lora
+
+
+def names(tmp_path, variant, targets):
+    make(variant).save_pretrained(tmp_path / "hf")
+    model = load_model(tmp_path / "hf")
+    apply_lora(model, Lora(rank=2, targets=targets))
+    return {name.split("layers.")[-1] for name, _ in lora_modules(model)}
+
+
+def test_default_reaches_every_linear_block_type_but_out_proj_and_the_head(tmp_path):
+    assert names(tmp_path, "hybrid", "default") == {
+        "0.mixer.in_proj", "3.mixer.up_proj", "3.mixer.down_proj", "4.mixer.in_proj",
+        *(f"2.mixer.{p}_proj" for p in "qkvo"),
+        *(f"{layer}.mixer.{owner}.{p}_proj" for layer in (1, 5) for owner in ("experts", "shared_experts") for p in ("up", "down")),
+    }  # fmt: skip
+
+
+def test_latent_projections_are_a_block_type(tmp_path):
+    assert names(tmp_path, "latent", ("latent",)) == {f"{layer}.mixer.fc{i}_latent_proj" for layer in (1, 3) for i in (1, 2)}
+
+
+def test_a_module_name_reaches_every_module_of_that_name(tmp_path):
+    found = names(tmp_path, "hybrid", ("up_proj",))
+    assert found == {"3.mixer.up_proj", *(f"{layer}.mixer.{owner}.up_proj" for layer in (1, 5) for owner in ("experts", "shared_experts"))}
+    assert names(tmp_path / "b", "hybrid", ("layers.2.mixer.q_proj",)) == {"2.mixer.q_proj"}
+
+
+def test_mamba_includes_out_proj_when_it_is_asked_for(tmp_path):
+    assert names(tmp_path, "hybrid", ("mamba",)) == {"0.mixer.in_proj", "0.mixer.out_proj", "4.mixer.in_proj", "4.mixer.out_proj"}
+
+
+@pytest.mark.parametrize("variant, target", [("hybrid", "gate_proj"), ("llama", "mamba"), ("hybrid", "gate"), ("hybrid", "roj")])
+def test_a_target_that_matches_nothing_is_an_error(tmp_path, variant, target):
+    with pytest.raises(RecipeError, match=f"lora.targets: '{target}' matches no module"):
+        names(tmp_path, variant, ("attention", target))
+
+
+def test_every_unmatched_target_is_told_with_a_suggestion(tmp_path):
+    with pytest.raises(RecipeError, match=r"'q_porj'.*Did you mean 'q_proj'\?[\s\S]*'experst'.*Did you mean 'experts'\?"):
+        names(tmp_path, "hybrid", ("q_porj", "experst"))
+
+
+def test_embeddings_are_refused_until_they_are_built(tmp_path):
+    with pytest.raises(UnsupportedError, match="embeddings"):
+        names(tmp_path, "hybrid", ("embeddings",))
+
+
+def test_coverage_counts_what_trains(tmp_path):
+    make("hybrid").save_pretrained(tmp_path / "hf")
+    model = load_model(tmp_path / "hf")
+    base = sum(p.numel() for p in model.parameters())
+    apply_lora(model, Lora(rank=2, targets=("experts", "q_proj")))
+    table = coverage(model)
+    assert table.base_parameters == base
+    assert table.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = {row.block_type: (row.layers, row.modules, row.adapted) for row in table.rows}
+    assert rows["experts"] == (2, 4, 4) and rows["attention"] == (1, 4, 1) and rows["mamba"] == (2, 4, 0)
+    assert sum(row.parameters for row in table.rows) == table.parameters
+    assert all(row.bytes == 4 * row.parameters for row in table.rows)
+
+
+def test_the_router_is_never_trained(tmp_path):
+    make("hybrid").save_pretrained(tmp_path / "hf")
+    model = load_model(tmp_path / "hf")
+    apply_lora(model, Lora(rank=2))
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".gate." in name)
