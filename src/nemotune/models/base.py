@@ -91,9 +91,7 @@ class CausalLM(nn.Module, ABC):
     def loss(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
         """The sum of -log p(target) over the positions that have one (not -100), fp32; only they reach the head."""
         chunk_tokens = max(1, LOGITS_PER_CHUNK[hidden_TD.device.type == "cuda"] // self.config.vocab_size)
-        return linear_cross_entropy(
-            self.logits, hidden_TD, targets_T, parameters=list(self.lm_head.parameters()), chunk_tokens=chunk_tokens
-        )
+        return linear_cross_entropy(self.lm_head, hidden_TD, targets_T, chunk_tokens=chunk_tokens)
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `batch_size` sequences of at most `max_length` tokens, prompts and answers together."""

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE = -100
 
 
-def linear_cross_entropy(
-    head: Callable[[Tensor], Tensor], hidden_TD: Tensor, targets_T: Tensor, *, parameters: Sequence[Tensor] = (), chunk_tokens: int = 256
-) -> Tensor:
+def linear_cross_entropy(head: nn.Module, hidden_TD: Tensor, targets_T: Tensor, *, chunk_tokens: int = 256) -> Tensor:
     """The sum of -log p(target) over positions whose target is not -100, fp32; zero (with a gradient) where there are none.
 
-    `head` maps [n, D] to logits [n, V]; `parameters` are those of its own that may require a gradient. Each chunk's gradient is
+    `head` maps [n, D] to logits [n, V]; those of its parameters that require a gradient get one. Each chunk's gradient is
     taken while its logits are there, so they are computed once and memory is one chunk of them, never the row's.
     """
     supervised = (targets_T != IGNORE).nonzero().squeeze(-1)
     hidden_ND, targets_N = hidden_TD[supervised], targets_T[supervised]
-    trained = [p for p in parameters if p.requires_grad]
+    trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or trained):
         return _ChunkedLoss.apply(head, chunk_tokens, targets_N, hidden_ND, *trained)
     losses = [_loss(head, h, t) for h, t in zip(hidden_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True) if len(t)]
     return torch.stack(losses).sum() if losses else hidden_TD.new_zeros((), dtype=torch.float32)
 
 
-def _loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+def _loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
@@ -37,9 +34,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients chunk by chunk in the forward; the backward only scales them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, head: Callable[[Tensor], Tensor], chunk_tokens: int, targets_N: Tensor, hidden_ND: Tensor, *trained: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, head: nn.Module, chunk_tokens: int, targets_N: Tensor, hidden_ND: Tensor, *trained: Tensor) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         gradients = [torch.empty_like(hidden_ND), *(torch.zeros_like(p) for p in trained)]
         for start in range(0, len(targets_N), chunk_tokens):

