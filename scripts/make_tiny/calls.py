@@ -20,12 +20,12 @@ def training_rows(rng: random.Random, count: int) -> list[dict]:
 
 
 def test_rows(rng: random.Random, count: int) -> list[dict]:
-    """Functions of the training rows; names, places and titles that occur in no training text."""
+    """Functions of the training rows; names, places and titles that no training row holds (the pretraining text does)."""
     return _grouped([_row(rng, TRAINING_TOOLS, TRAINING_TOOLS, held_out=True) for _ in range(count)], "held-out arguments")
 
 
 def new_tool_rows(rng: random.Random, count: int) -> list[dict]:
-    """Functions that occur in no training text, beside any others; held-out values as in `test_rows`."""
+    """Functions that no training row and no pretraining text declares, beside any others; held-out values as in `test_rows`."""
     return _grouped([_row(rng, HELD_OUT_TOOLS, TOOLS, held_out=True) for _ in range(count)], "held-out tools")
 
 
