@@ -97,7 +97,7 @@ class Lora(Section):
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32
     dropout: Fraction = 0.0
-    targets: Literal["default"] | tuple[str, ...] = "default"
+    targets: Literal["default"] | Annotated[tuple[str, ...], Field(min_length=1)] = "default"
     rslora: bool = False
     dora: bool = False
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 import warnings
@@ -101,6 +102,8 @@ def _save(state: dict[str, Any], directory: Path) -> None:
         dcp.save(state, checkpoint_id=str(directory), no_dist=True)
     except dcp.api.CheckpointException as error:  # it wraps each process's own error: here there is one
         cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, RuntimeError) and "inline_container" in str(cause):  # torch's zip writer hides that the disk is full
+            raise OSError(errno.ENOSPC, str(cause)) from error
         raise cause from error
 
 

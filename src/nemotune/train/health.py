@@ -80,6 +80,11 @@ class Liveness:
     def _finish(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        silent = [name for name, layer in self.layers.items() if isinstance(layer, LoRAExperts) and (name, "lora_B") not in self.received]
+        if silent:
+            raise TrainingError(
+                f"{silent[0]}: no gradient reached this module in {self.steps} steps ({len(silent)} in all); its weight is used without calling it"
+            )
         for (name, which), received in self.received.items():
             dead = received & ~self.alive.get((name, which), torch.zeros_like(received))
             if dead.any():

@@ -28,7 +28,11 @@ def is_begun(run_dir: Path) -> bool:
 
 
 def refuse_begun(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    """A second start is a choice. Raises ConflictError where none was made, before any work."""
+    """A second start is a choice. Raises ConflictError where none was made, or two, before any work."""
+    if resume and overwrite:
+        raise ConflictError(
+            f"{run_dir}: got --resume and --overwrite, expected one of them: the first goes on with the run, the second discards it"
+        )
     if is_begun(run_dir) and not (resume or overwrite):
         raise ConflictError(f"{run_dir}: holds a run already; --resume goes on with it, --overwrite starts anew, name=... keeps both")
 

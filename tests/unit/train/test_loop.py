@@ -175,3 +175,18 @@ def test_patience_counts_evaluations_since_the_best():
     assert progress.best_loss == 2.0 and not progress.has_waited(2) and not progress.has_waited(None)
     assert progress.after_evaluation(2.5, better=False).has_waited(2)
     assert math.isclose(progress.after_evaluation(1.0, better=True).best_loss, 1.0)
+
+
+def test_experts_that_the_forward_bypasses_stop_the_run(adapted):
+    model, keys = adapted
+    experts = model.backbone.layers[1].mixer.experts
+    up, down = experts.up_proj.base, experts.down_proj.base
+    experts.up_proj.forward, experts.down_proj.forward = up.forward, down.forward
+    liveness = Liveness(model)
+    experts.up_proj._forward_hooks.clear()
+    experts.down_proj._forward_hooks.clear()  # what a kernel that takes the weights does not call
+    with pytest.raises(TrainingError, match="no gradient reached this module"):
+        for step in range(10):
+            model.zero_grad()
+            backward(model, keys, step=step)
+            liveness.check()
