@@ -27,7 +27,7 @@ from nemotune.train.health import Liveness, SpikeGuard, require_finite
 from nemotune.train.metrics import Metrics
 from nemotune.train.optim import make_optimizer
 from nemotune.train.progress import StepBar
-from nemotune.train.schedule import learning_rate
+from nemotune.train.schedule import learning_rate, part_of
 from nemotune.train.step import accumulate, gradient_norm, update, validation_loss
 
 
@@ -117,7 +117,7 @@ def count_steps(steps_per_epoch: int, recipe: Recipe) -> int:
     """Optimiser steps of the whole run."""
     if steps_per_epoch == 0:
         raise DataError("data.train: no rows are left to train on; see the rejected rows in data/stats.json")
-    steps = math.ceil(recipe.train.epochs * steps_per_epoch)
+    steps = part_of(steps_per_epoch, recipe.train.epochs)
     return min(steps, recipe.train.max_steps or steps)
 
 

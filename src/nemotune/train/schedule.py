@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from nemotune.recipe import Train
 
@@ -19,8 +20,16 @@ def learning_rate(step: int, total_steps: int, train: Train) -> float:
 
 
 def warmup_steps(total_steps: int, train: Train) -> int:
-    """`train.warmup_steps`, else `warmup_ratio` of all steps, rounded up."""
-    return train.warmup_steps if train.warmup_steps is not None else math.ceil(train.warmup_ratio * total_steps)
+    """`train.warmup_steps`, else `warmup_ratio` of all steps."""
+    return train.warmup_steps if train.warmup_steps is not None else part_of(total_steps, train.warmup_ratio)
+
+
+def part_of(steps: int, share: float) -> int:
+    """`share` of `steps`, rounded up, of the decimal number that was written: 0.07 of 100 is 7.
+
+    transformers rounds up too, but the product of floats, 7.000000000000001, and so warms up over 8.
+    """
+    return math.ceil(Fraction(str(share)) * steps)
 
 
 def _shape(progress: float, schedule: str) -> float:

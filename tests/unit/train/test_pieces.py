@@ -14,10 +14,11 @@ from nemotune.errors import TrainingError
 from nemotune.lora import apply_lora
 from nemotune.models import load_model
 from nemotune.models.nemotron_h import Mamba2
-from nemotune.recipe import Lora, Train
+from nemotune.recipe import Lora, Train, load
 from nemotune.train.health import Liveness, SpikeGuard, require_finite
 from nemotune.train.metrics import Metrics, read_metrics
-from nemotune.train.schedule import learning_rate
+from nemotune.train.run import count_steps
+from nemotune.train.schedule import learning_rate, warmup_steps
 from nemotune.train.step import accumulate
 
 
@@ -37,6 +38,16 @@ def test_schedules_have_their_shape(schedule, at_half, at_end):
 
 def test_no_warmup_starts_at_the_full_rate():
     assert learning_rate(0, 10, Train(learning_rate=0.5, warmup_ratio=0.0)) == 0.5
+
+
+@pytest.mark.parametrize("ratio, total, steps", [(0.07, 100, 7), (0.03, 100, 3), (0.03, 110, 4), (1e-5, 100, 1), (0, 100, 0)])
+def test_warmup_is_the_share_as_it_is_written_rounded_up(ratio, total, steps):
+    assert warmup_steps(total, Train(warmup_ratio=ratio)) == steps
+
+
+@pytest.mark.parametrize("epochs, steps", [(1.1, 121), (0.07, 8), (0.3, 33), (3, 330)])
+def test_epochs_are_counted_as_they_are_written(epochs, steps):
+    assert count_steps(110, load("quickstart", [f"train.epochs={epochs}"])) == steps
 
 
 @pytest.fixture
