@@ -60,7 +60,7 @@ def save_conversation(recipe: Recipe, directory: Path) -> None:
     renderer = Renderer(tokenizer, template=recipe.data.template, thinking=recipe.data.thinking)
     tokenizer.chat_template = renderer.chat_template or tokenizer.chat_template
     tokenizer.save_pretrained(directory)
-    base = locate(recipe.model.path, recipe.model.revision)
+    base = locate(recipe.model.path, recipe.model.revision, weights=False)
     stops = sorted({*read_config(base).eos_token_id, *renderer.stop_ids})
     settings = base / GENERATION_FILE
     before = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}

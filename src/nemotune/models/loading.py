@@ -56,7 +56,7 @@ def load_model(
     It is in evaluation mode. Weights are held in `dtype`, in fp32 where the family asks for it and everywhere if `trainable`. With `random_seed` the
     weights are drawn instead of read, and the directory needs no shards. Raises MissingFileError, CheckpointError.
     """
-    directory = locate(path, revision)
+    directory = locate(path, revision, weights=random_seed is None)
     config = read_config(directory)
     model = build_model(config)
     model.directory, model.compute_dtype = directory, getattr(torch, dtype)

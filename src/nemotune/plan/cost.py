@@ -34,7 +34,7 @@ class Cost:
 
 def estimate(recipe: Recipe) -> Cost:
     """The cost of `recipe`. Needs config.json alone; raises RecipeError for LoRA targets that match nothing."""
-    model = build_model(read_config(locate(recipe.model.path, recipe.model.revision)))
+    model = build_model(read_config(locate(recipe.model.path, recipe.model.revision, weights=False)))
     base = sum(p.numel() for p in model.parameters())
     frozen_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
     if recipe.method == "lora":

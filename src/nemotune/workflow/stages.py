@@ -114,9 +114,15 @@ def merge(recipe: Recipe, *, run_dir: Path, output: Path | None, overwrite: bool
     """Write base + adapter as a Hugging Face directory."""
     if recipe.method != "lora":
         raise UnsupportedError(f"method: {recipe.method} leaves a whole model in {run_dir / 'model'}; there is nothing to merge")
-    base, adapter, target = locate(recipe.model.path, recipe.model.revision), run_dir / "adapter", output or run_dir / "export" / "merged"
+    adapter, target = run_dir / "adapter", output or run_dir / "export" / "merged"
+    if not adapter.is_dir():
+        raise MissingFileError(f"{adapter}: nothing trained yet; `nemotune train` comes first")
     if (run_dir / "recipe.json").is_file():
         require_same_model(recipe, run_dir)
+    base = locate(recipe.model.path, recipe.model.revision, weights=not dry_run)
+    if dry_run and not any(base.glob("*.safetensors")):
+        console.print(f"would download the weights of {recipe.model.path} and write {target}")
+        return
     planned = plan_merge(base, adapter)
     size = f"{planned.write.num_bytes / 1e9:.2f} GB, {len(planned.updates)} of {len(planned.write.tensors)} tensors updated"
     if dry_run:
