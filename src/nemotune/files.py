@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from nemotune.errors import ConflictError, DiskFullError
 
-__all__ = ["atomic_file", "require_space", "staged_directory", "write_json"]
+__all__ = ["atomic_file", "disk_full_is_readable", "require_space", "staged_directory", "write_json"]
 
 
 @contextlib.contextmanager
@@ -25,7 +26,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     try:
-        with _disk_full_is_readable(path):
+        with disk_full_is_readable(path):
             yield aside
             _sync(aside)
         os.replace(aside, path)
@@ -48,7 +49,7 @@ def staged_directory(target: Path, *, overwrite: bool = False, needed_bytes: int
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        with _disk_full_is_readable(target):
+        with disk_full_is_readable(target):
             yield aside
             for file in aside.rglob("*"):
                 if file.is_file():
@@ -76,6 +77,30 @@ def write_json(path: Path, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@contextlib.contextmanager
+def disk_full_is_readable(target: Path, *, left: str = "nothing was left behind. Free some space and run again") -> Iterator[None]:
+    """Make an error that says that the disk is full a DiskFullError about `target`; `left` says what is there now and what to do."""
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not _says_disk_full(error):
+            raise
+        raise DiskFullError(f"{_final(target)}: the disk is full; {left}") from error
+
+
+def _final(path: Path) -> str:
+    """The name that `path` gets when it, and whatever it lies in, is whole."""
+    return re.sub(r"(^|/)\.([^/]+)\.partial(?=/|$)", r"\1\2", str(path))
+
+
+def _says_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return str(error).endswith((f"(os error {errno.ENOSPC})", f"(os error {errno.EDQUOT})"))  # as Rust says it: tokenizers, safetensors
+
+
 def _swap(aside: Path, target: Path) -> None:
     """Rename `aside` to `target`; an old `target` is moved away first and deleted last."""
     old = target.with_name(f".{target.name}.old")
@@ -92,13 +117,3 @@ def _sync(file: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _disk_full_is_readable(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFullError):
-            raise
-        raise DiskFullError(f"{target}: the disk is full; nothing was left behind. Free some space and run again") from error

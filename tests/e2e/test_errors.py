@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
+from itertools import accumulate
+from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemotune.errors import DiskFullError
+from nemotune.recipe import load
+from nemotune.workflow import stages
 
 
 def refused(result, *words, run_dir=None):
@@ -77,17 +87,59 @@ def test_a_wrong_shaped_tensor(nemotune, recipe_file, small_model, tmp_path):
     refused(nemotune("train", recipe_file, f"model.path={model}"), name, "got shape (31, 32), expected (32, 32)", run_dir=tmp_path / "runs")
 
 
-@pytest.mark.parametrize("size", ["150k", "700k"])
-def test_a_full_disk(nemotune, recipe_file, tmp_path, size):
-    """On a real small disk: too small for the prepared data, then too small for a checkpoint."""
-    disk = tmp_path / "runs"
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a real disk of some bytes at a path; a size again changes it. What is on it is gone when the test is done."""
+    disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        result = nemotune("train", recipe_file, "lora.rank=16")
-        assert result.returncode == 2 and "Traceback" not in result.stdout, result.stdout
-        assert "the disk is full" in result.stdout or "are needed" in result.stdout
-        assert not list(disk.rglob("*partial*")) and not list(disk.rglob("adapter_model.safetensors"))
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+
+    def mount(size: int, *, change: bool = False) -> Path:
+        if not change:
+            unmount()
+        options = f"{'remount,' if change else ''}size={max(size, 4096)}"  # 0 would be without an end
+        if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs root")
+        return disk
+
+    def unmount() -> None:
+        if os.path.ismount(disk):
+            subprocess.run(["umount", "-l", disk], check=True)
+
+    yield mount
+    unmount()
+
+
+def test_a_full_disk(nemotune, recipe_file, small_disk, tmp_path):
+    """On a real small disk: too small for a checkpoint."""
+    (tmp_path / "runs").symlink_to(small_disk(600_000))
+    result = nemotune("train", recipe_file, "lora.rank=16")
+    assert result.returncode == 2 and "Traceback" not in result.stdout, result.stdout
+    assert "runs/trial/checkpoints/step_00000" in result.stdout and "the disk is full" in result.stdout
+
+
+def test_a_disk_that_fills_under_any_file_is_told_and_the_run_goes_on(recipe_file, small_disk, tmp_path, monkeypatch, capfd):
+    """The first run says what lies before each file; then a disk ends there, and grows again."""
+    monkeypatch.setenv("NEMOTUNE_CACHE", str(tmp_path / "cache"))
+    recipe = load(recipe_file, ["train.max_steps=2", "train.checkpoint_every=null", "train.eval_every=null"])
+
+    def train(disk: Path, *, resume: bool = False) -> dict[str, Tensor]:
+        stages.train(recipe, run_dir=disk / "run", resume=resume, overwrite=False, dry_run=False, console=Console(file=io.StringIO()))
+        return load_file(disk / "run" / "adapter" / "adapter_model.safetensors")
+
+    disk = small_disk(2**26)
+    adapter = train(disk)
+    files = sorted((path for path in disk.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    before = dict(zip(files, accumulate(path.stat().st_blocks * 512 for path in [disk, *files]), strict=False))
+    told = set()
+    for path in files:
+        small_disk(before[path])
+        with pytest.raises(DiskFullError) as error:
+            train(disk)
+        told |= {*Path(str(error.value).partition(":")[0]).relative_to(disk / "run").parts[:1]}
+        left = [str(path.relative_to(disk / "run")) for path in disk.rglob("*") if path.is_file()]
+        assert not [path for path in left if "partial" in path or path.startswith("adapter")], left
+        small_disk(2**26, change=True)
+        again = train(disk, resume=True)
+        assert all(torch.equal(tensor, again[name]) for name, tensor in adapter.items())
+    assert told == {"data", "recipe.json", "environment.json", "coverage.json", "metrics.jsonl", "checkpoints", "adapter"}
+    assert "Traceback" not in capfd.readouterr().err

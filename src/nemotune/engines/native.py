@@ -12,7 +12,7 @@ from rich.console import Console
 
 from nemotune.data.prepare import Prepared
 from nemotune.data.template import Renderer
-from nemotune.files import write_json
+from nemotune.files import staged_directory, write_json
 from nemotune.lora import apply_lora, coverage, save_adapter
 from nemotune.models import CausalLM, load_model, load_tokenizer, locate, read_config, save_model
 from nemotune.recipe import Recipe
@@ -35,9 +35,10 @@ def train(recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, co
     result = run_training(
         model, recipe, train=prepared.train, validation=prepared.validation, run_dir=run_dir, keys=keys, resume=resume, console=console
     )
-    for note in save_trained(model, recipe, run_dir):
-        console.print(f"[yellow]{note}")
-    save_conversation(recipe, run_dir / trained_name(recipe))
+    with staged_directory(run_dir / trained_name(recipe), overwrite=True) as aside:
+        for note in save_trained(model, recipe, aside):
+            console.print(f"[yellow]{note}")
+        save_conversation(recipe, aside)
     return result
 
 
@@ -46,12 +47,12 @@ def trained_name(recipe: Recipe) -> str:
     return "adapter" if recipe.method == "lora" else "model"
 
 
-def save_trained(model: CausalLM, recipe: Recipe, run_dir: Path) -> list[str]:
-    """Write the adapter or the model into `run_dir`. Returns notes for the user."""
+def save_trained(model: CausalLM, recipe: Recipe, directory: Path) -> list[str]:
+    """Write the adapter or the model as `directory`. Returns notes for the user."""
     if recipe.method != "lora":
-        save_model(model, run_dir / "model", overwrite=True)
+        save_model(model, directory, overwrite=True)
         return []
-    return save_adapter(model, run_dir / "adapter", recipe.lora, base=recipe.model.path, overwrite=True)
+    return save_adapter(model, directory, recipe.lora, base=recipe.model.path, overwrite=True)
 
 
 def save_conversation(recipe: Recipe, directory: Path) -> None:

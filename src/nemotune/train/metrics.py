@@ -3,39 +3,82 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotune.files import atomic_file
+from nemotune.files import atomic_file, disk_full_is_readable
 
 FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends rows to `run_dir/metrics.jsonl`, each on disk before the next step, and copies numbers to TensorBoard if asked."""
+    """Appends rows to `run_dir/metrics.jsonl` and copies numbers to TensorBoard if asked.
+
+    A killed process loses no row; a power cut none from before the last `sync`. Raises DiskFullError.
+    """
 
     def __init__(self, run_dir: Path, trackers: Sequence[str], *, resume_step: int = 0):
-        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / FILE
         kept = [row for row in read_metrics(run_dir) if row["step"] <= resume_step] if resume_step else []
-        with atomic_file(run_dir / FILE) as aside:
+        with atomic_file(self.path) as aside:
             aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file = (run_dir / FILE).open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard(run_dir, resume_step) if "tensorboard" in trackers else None
+        self._file = self.path.open("a", encoding="utf-8")
+        with self._disk_full_is_readable():
+            self._tensorboard = TensorBoard(run_dir / "tensorboard", resume_step) if "tensorboard" in trackers else None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append a row of `kind` train, eval or warning."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        with self._disk_full_is_readable():
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+            if self._tensorboard is not None:
+                numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+                self._tensorboard.write(step, numbers)
+
+    def sync(self) -> None:
+        """Put the rows on the disk itself: a checkpoint counts on those before it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _disk_full_is_readable(self) -> Any:
+        return disk_full_is_readable(self.path, left="what was saved before is whole. Free some space and go on with --resume")
+
+
+class TensorBoard:
+    """Scalars in an event file, written in this thread: that of torch's SummaryWriter prints a traceback of its own when the disk is full."""
+
+    def __init__(self, directory: Path, resume_step: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((directory / name).open("wb"))
+        self._add(file_version="brain.Event:2")
+        if resume_step:  # TensorBoard drops what earlier files hold from this step on
+            self._add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Append one value for each name."""
+        values = [self._summary.Value(tag=tag, simple_value=number) for tag, number in numbers.items()]
+        self._add(step=step, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _add(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -45,9 +88,3 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
-
-
-def _tensorboard(run_dir: Path, resume_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
