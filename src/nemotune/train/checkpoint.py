@@ -11,7 +11,7 @@ import errno
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,34 @@ from torch.optim import Optimizer
 from nemotune.errors import CheckpointError
 from nemotune.files import atomic_file, staged_directory, write_json
 from nemotune.models import CausalLM
+from nemotune.train.step import StepResult
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after `step` steps."""
+    """Where a run stands after `step` steps: beside weights and optimiser, all that what follows depends on."""
 
     step: int = 0
     tokens: int = 0
+    loss_sum: float = 0.0  # over the supervised tokens since the last row of metrics
+    supervised_tokens: int = 0  # their number
+    usual_losses: tuple[float, ...] = ()  # with `spikes`, what the spike guard goes by
+    spikes: int = 0
     best_loss: float | None = None
     evaluations_without_better: int = 0
+
+    def after_step(self, result: StepResult, *, usual_losses: Iterable[float], spikes: int) -> Progress:
+        """The progress with one more step counted."""
+        return replace(
+            self, step=self.step + 1, tokens=self.tokens + result.tokens, loss_sum=self.loss_sum + result.loss * result.supervised_tokens,
+            supervised_tokens=self.supervised_tokens + result.supervised_tokens, usual_losses=tuple(usual_losses), spikes=spikes,
+        )  # fmt: skip
+
+    def after_row(self) -> Progress:
+        """The progress with its losses written down."""
+        return replace(self, loss_sum=0.0, supervised_tokens=0)
 
     def has_waited(self, patience: int | None) -> bool:
         """Whether `patience` evaluations have passed without a better loss."""
@@ -83,7 +99,8 @@ class Checkpoints:
             with _quiet():
                 dcp.load(state, checkpoint_id=str(path), no_dist=True)
             set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
-            return Progress(**json.loads((path / "trainer.json").read_text(encoding="utf-8")))
+            progress = Progress(**json.loads((path / "trainer.json").read_text(encoding="utf-8")))
+            return replace(progress, usual_losses=tuple(progress.usual_losses))  # JSON has lists
         except (RuntimeError, ValueError, OSError, KeyError, dcp.api.CheckpointException) as error:
             reason = str(error).strip().splitlines()[-1]
             raise CheckpointError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
 
 import torch
@@ -20,7 +20,8 @@ SPIKE_FACTOR, SPIKE_MARGIN, SPIKE_WINDOW, SPIKES_TO_STOP = 2.0, 1.0, 32, 5
 class Liveness:
     """Sees that every adapter tensor has a gradient: lora_B from the first backward, lora_A from the first with a non-zero B.
 
-    Of experts, each one that received gradient must pass it on; those that received none in the first steps are listed.
+    Of experts, each one that received gradient must pass it on, which is judged over EXPERT_STEPS steps, or those of a shorter run;
+    those that received none are listed.
     """
 
     def __init__(self, model: nn.Module):
@@ -48,7 +49,22 @@ class Liveness:
                         _mark(self.alive, (name, which), _any_per_expert(parameter.grad))
         self.steps += 1
         if self.steps == EXPERT_STEPS:
-            self._finish()
+            self.judge()
+
+    def judge(self) -> None:
+        """End the watch over experts; call it when a run ends, which may be before EXPERT_STEPS. Raises TrainingError naming the module."""
+        for hook in self._hooks:
+            hook.remove()
+        silent = [name for name, layer in self.layers.items() if isinstance(layer, LoRAExperts) and (name, "lora_B") not in self.received]
+        if silent:
+            raise TrainingError(
+                f"{silent[0]}: no gradient reached this module in {self.steps} steps ({len(silent)} in all); its weight is used without calling it"
+            )
+        for (name, which), received in self.received.items():
+            dead = received & ~self.alive.get((name, which), torch.zeros_like(received))
+            if dead.any():
+                experts = dead.nonzero().flatten().tolist()[:8]
+                raise TrainingError(f"{name}: experts {experts} received gradient and their {which} has none after {self.steps} steps")
 
     def unreached(self) -> dict[str, int]:
         """Experts that no gradient reached while watched, counted by module: they keep the base's behaviour."""
@@ -77,20 +93,6 @@ class Liveness:
 
         return after_forward
 
-    def _finish(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        silent = [name for name, layer in self.layers.items() if isinstance(layer, LoRAExperts) and (name, "lora_B") not in self.received]
-        if silent:
-            raise TrainingError(
-                f"{silent[0]}: no gradient reached this module in {self.steps} steps ({len(silent)} in all); its weight is used without calling it"
-            )
-        for (name, which), received in self.received.items():
-            dead = received & ~self.alive.get((name, which), torch.zeros_like(received))
-            if dead.any():
-                experts = dead.nonzero().flatten().tolist()[:8]
-                raise TrainingError(f"{name}: experts {experts} received gradient and their {which} has none after {EXPERT_STEPS} steps")
-
 
 def _any_per_expert(values: Tensor) -> Tensor:
     return values.flatten(1).any(1)
@@ -113,21 +115,19 @@ def require_finite(loss: float, grad_norm: float, parameters: dict[str, nn.Param
 
 
 class SpikeGuard:
-    """Notices a loss far above its recent median; several in a row are divergence."""
+    """Notices a loss far above the median of `usual` ones; several `spikes` in a row are divergence. Made anew from both, it goes on."""
 
-    def __init__(self) -> None:
-        self.recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self.spikes = 0
+    def __init__(self, usual: Iterable[float] = (), spikes: int = 0) -> None:
+        self.usual, self.spikes = deque(usual, maxlen=SPIKE_WINDOW), spikes
 
     def check(self, loss: float, *, step: int) -> str | None:
         """A warning where `loss` spikes, else None. Raises TrainingError when it keeps doing so."""
-        spiked = len(self.recent) == SPIKE_WINDOW and loss > SPIKE_FACTOR * median(self.recent) + SPIKE_MARGIN
-        if not spiked:
-            self.recent.append(loss)
+        usual = median(self.usual) if len(self.usual) == SPIKE_WINDOW else math.inf
+        if loss <= SPIKE_FACTOR * usual + SPIKE_MARGIN:
+            self.usual.append(loss)
             self.spikes = 0
             return None
         self.spikes += 1
-        usual = median(self.recent)
         if self.spikes >= SPIKES_TO_STOP:
             raise TrainingError(
                 f"step {step}: the loss has been over {loss:.2f} for {self.spikes} steps where {usual:.2f} was usual; begin again with a lower train.learning_rate or a longer warmup"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -71,7 +71,7 @@ def run(
 
     model.train()
     metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step)
-    liveness, spikes = Liveness(model), SpikeGuard()
+    liveness, spikes = Liveness(model), SpikeGuard(progress.usual_losses, progress.spikes)
     stopped_early, loss = progress.has_waited(settings.early_stopping), math.nan
     with StepBar(console, total=total_steps, done=progress.step) as bar:
         while progress.step < total_steps and not stopped_early:
@@ -82,35 +82,40 @@ def run(
             require_finite(loss, norm, parameters, step=progress.step + 1)
             liveness.check()
             update(parameters.values(), optimizer, learning_rate=rate, grad_norm=norm, max_grad_norm=settings.max_grad_norm)
-            progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + result.tokens)
+            warning = spikes.check(loss, step=progress.step + 1)
+            progress = progress.after_step(result, usual_losses=spikes.usual, spikes=spikes.spikes)
 
             seconds, memory, is_last = time.perf_counter() - started, peak_memory_bytes(), progress.step == total_steps
             bar.advance(loss=loss, tokens_per_second=result.tokens / seconds, memory_bytes=memory)
-            if warning := spikes.check(loss, step=progress.step):
+            if warning:
                 metrics.write("warning", progress.step, message=warning)
                 console.print(f"[yellow]step {progress.step}: {warning}")
             if progress.step % recipe.logging.every == 0 or progress.step == 1 or is_last:
                 metrics.write(
-                    "train", progress.step, epoch=progress.step / loader.steps_per_epoch, loss=loss, learning_rate=rate, grad_norm=norm,
-                    tokens=progress.tokens, supervised_tokens=result.supervised_tokens, tokens_per_second=result.tokens / seconds,
-                    seconds=seconds, peak_memory_bytes=memory,
+                    "train", progress.step, epoch=progress.step / loader.steps_per_epoch, loss=progress.loss_sum / progress.supervised_tokens,
+                    learning_rate=rate, grad_norm=norm, tokens=progress.tokens, supervised_tokens=progress.supervised_tokens,
+                    tokens_per_second=result.tokens / seconds, seconds=seconds, peak_memory_bytes=memory,
                 )  # fmt: skip
+                progress = progress.after_row()
 
             better = False
             if validation is not None and settings.eval_every and (progress.step % settings.eval_every == 0 or is_last):
                 held_out = validation_loss(model, batches(validation, max_tokens=recipe.data.sequence_length * settings.micro_batch_size))
                 metrics.write("eval", progress.step, loss=held_out, perplexity=math.exp(min(held_out, 700.0)))
                 bar.note(f"validation {held_out:.4f}")
-                better = progress.best_loss is None or held_out < progress.best_loss
+                better = held_out < (math.inf if progress.best_loss is None else progress.best_loss)
                 progress = progress.after_evaluation(held_out, better=better)
                 stopped_early = progress.has_waited(settings.early_stopping)
+            if is_last or stopped_early:
+                liveness.judge()
             due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
-            if due or is_last or stopped_early or (better and settings.early_stopping):
-                checkpoints.save(model, optimizer, progress, best=better and settings.early_stopping is not None)
+            if due or better or is_last or stopped_early:
+                metrics.sync()
+                checkpoints.save(model, optimizer, progress, best=better)
     metrics.close()
     if unreached := liveness.unreached():
         console.print(f"experts that no gradient reached in the first steps: {sum(unreached.values())} in {len(unreached)} modules")
-    return TrainResult(progress.step, loss, progress.best_loss, _choose_weights(model, optimizer, checkpoints, recipe), stopped_early)
+    return TrainResult(progress.step, loss, progress.best_loss, _keep_best(model, optimizer, checkpoints), stopped_early)
 
 
 def count_steps(steps_per_epoch: int, recipe: Recipe) -> int:
@@ -128,9 +133,9 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _choose_weights(model: CausalLM, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints, recipe: Recipe) -> str:
-    """Early stopping means the best weights, otherwise the last ones stay."""
-    best = checkpoints.best() if recipe.train.early_stopping else None
+def _keep_best(model: CausalLM, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints) -> str:
+    """Give the model the weights of the lowest validation loss; without a validation the last ones stay."""
+    best = checkpoints.best()
     if best is None:
         return "last"
     checkpoints.load(best, model, optimizer)
