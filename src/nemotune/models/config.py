@@ -20,6 +20,7 @@ BLOCK_TYPES = {
     "mamba": "mamba", "mamba2": "mamba", "linear_attention": "mamba",
     "attention": "attention", "full_attention": "attention", "mlp": "mlp", "moe": "moe",
 }  # fmt: skip
+PATTERN_KEYS = ("layers_block_type", "layer_types", "hybrid_override_pattern", "hybrid_layer_pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,9 +224,15 @@ def _nemotron_h(keys: _Keys) -> NemotronHConfig:
 
 
 def _block_types(keys: _Keys) -> tuple[str, ...]:
-    """From `hybrid_override_pattern` (`|` between pipeline stages, what follows `/` belongs to MTP) or `layers_block_type`."""
-    spelled = keys("layers_block_type", "layer_types", "hybrid_override_pattern", "hybrid_layer_pattern")
+    """From a string (`|` between pipeline stages, what follows `/` belongs to MTP) or a list; as many as `num_hidden_layers` says."""
+    spelled = keys(*PATTERN_KEYS)
     symbols = spelled.split("/")[0].replace("|", "") if isinstance(spelled, str) else spelled
     if unknown := [symbol for symbol in symbols if symbol not in BLOCK_TYPES]:
         raise CheckpointError(f"{keys.path}: unknown block type {unknown[0]!r}, expected M, *, - and E or mamba, attention, mlp and moe")
+    if (num_layers := keys("num_hidden_layers", default=len(symbols))) != len(symbols):
+        key = next(name for name in PATTERN_KEYS if keys.raw.get(name) is not None)
+        blocks = "1 block" if len(symbols) == 1 else f"{len(symbols)} blocks"
+        raise CheckpointError(
+            f"{keys.path}: num_hidden_layers: got {num_layers}, but {key} has {blocks}; correct the one that does not fit the weights"
+        )
     return tuple(BLOCK_TYPES[symbol] for symbol in symbols)

@@ -28,6 +28,7 @@ from nemotune.weights.mapping import Piece, pieces_of
 
 FAMILIES: dict[type, type[CausalLM]] = {NemotronHConfig: NemotronH, LlamaConfig: Llama}
 UNUSED_PREFIXES = ("mtp.",)  # multi-token prediction: kept on disk, never computed
+HEAD = "lm_head.weight"
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "LICENSE*", "NOTICE*")
 
 Dtype = Literal["bfloat16", "float32"]
@@ -110,11 +111,13 @@ def disk_pieces(model: CausalLM) -> Iterator[tuple[str, tuple[str, int | None]]]
     for name, tensor in _state(model).items():
         for piece in pieces_of(name, tensor.shape, model.stacks):
             yield _disk_name(piece, model), (name, piece.index)
+    if _has_copied_head(model):
+        yield HEAD, (_embeddings_name(model), None)
 
 
 def _state(model: CausalLM) -> dict[str, Tensor]:
     """Parameters and buffers by name; a tied head is not a tensor of its own. Adapters are not part of the base."""
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    tied = {HEAD} if model.config.tie_word_embeddings else set()
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
@@ -128,7 +131,10 @@ def _disk_name(piece: Piece, model: CausalLM) -> str:
 
 
 def check_weights(model: CausalLM, source: Checkpoint) -> None:
-    """Every tensor that the model needs is there in its shape, and every tensor that is there is needed or known to be unused."""
+    """Every tensor that the model needs is there in its shape, every tensor that is there is needed or known to be unused, a tied head is a copy.
+
+    Raises CheckpointError with everything that does not fit.
+    """
     problems, used, state = [], set(), _state(model)
     for disk_name, (name, index) in disk_pieces(model):
         expected = tuple(state[name].shape)[0 if index is None else 1 :]
@@ -137,21 +143,38 @@ def check_weights(model: CausalLM, source: Checkpoint) -> None:
             problems.append(f"{disk_name}: missing, expected shape {expected}")
         elif (got := source.tensors[disk_name].shape) != expected:
             problems.append(f"{disk_name}: got shape {got}, expected {expected}")
-    problems += [f"{name}: has no place in the model" for name in source.tensors if name not in used and not _is_unused(name, model)]
+    problems += [f"{name}: has no place in the model" for name in source.tensors if name not in used and not _is_unused(name)]
     if problems:
         more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
         listed = "\n  ".join(problems[:8])
         raise CheckpointError(
             f"{source.directory}: {len(problems)} tensors do not fit config.json:\n  {listed}{more}\nCheck that config and weights belong to one model"
         )
+    if _has_copied_head(model):
+        _check_copied_head(model, source)
 
 
-def _is_unused(name: str, model: CausalLM) -> bool:
-    return (
-        name.startswith(UNUSED_PREFIXES)
-        or (model.config.tie_word_embeddings and name == "lm_head.weight")
-        or name.endswith("rotary_emb.inv_freq")
-    )
+def _is_unused(name: str) -> bool:
+    return name.startswith(UNUSED_PREFIXES) or name.endswith("rotary_emb.inv_freq")
+
+
+def _has_copied_head(model: CausalLM) -> bool:
+    """Whether the source stores a head although it is tied to the embeddings."""
+    return model.config.tie_word_embeddings and model.source is not None and HEAD in model.source
+
+
+def _embeddings_name(model: CausalLM) -> str:
+    return next(name for name, parameter in model.named_parameters() if parameter is model.embeddings.weight)
+
+
+def _check_copied_head(model: CausalLM, source: Checkpoint) -> None:
+    embeddings = _disk_name(Piece(_embeddings_name(model)), model)
+    head, copied = source.read(HEAD), source.read(embeddings)
+    if head.dtype != copied.dtype or not torch.equal(head.view(torch.uint8), copied.view(torch.uint8)):
+        raise CheckpointError(
+            f"{source.directory}: config.json has tie_word_embeddings: true, but {HEAD} and {embeddings} differ; "
+            f"set it to false if the head is one of its own, else delete {HEAD} from the weights"
+        )
 
 
 def _fill(tensor: Tensor, name: str, model: CausalLM, source: Checkpoint) -> None:

@@ -39,6 +39,10 @@ def test_block_types_are_read_in_every_spelling(spelling):
     assert parse_config({**HYBRID, **spelling}).block_types == ("mamba", "moe", "attention", "mlp")
 
 
+def test_the_number_of_layers_is_that_of_the_pattern_without_its_mtp_blocks():
+    assert parse_config({**HYBRID, "hybrid_override_pattern": "ME|*-/*E", "num_hidden_layers": 4}).num_layers == 4
+
+
 @pytest.mark.parametrize("key", ["n_groups", "mamba_n_groups", "mamba_num_groups"])
 def test_groups_are_read_in_every_spelling(key):
     config = {**HYBRID, "hybrid_override_pattern": "M"}
@@ -79,6 +83,8 @@ def test_rope_is_read_in_both_spellings(spelling):
         ({"hybrid_override_pattern": "MX"}, "unknown block type 'X'"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act: got 'silu', expected 'relu2'"),
         ({"ssm_state_size": None}, "no 'ssm_state_size'"),
+        ({"num_hidden_layers": 3}, r"num_hidden_layers: got 3, but hybrid_override_pattern has 2 blocks"),
+        ({"layers_block_type": ["moe"], "num_hidden_layers": 2}, r"num_hidden_layers: got 2, but layers_block_type has 1 block\b"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(change, words, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 
 import pytest
@@ -99,3 +100,44 @@ def test_drawn_weights_repeat_with_their_seed(hybrid):
 def test_a_path_that_is_nothing_is_named(path):
     with pytest.raises(MissingFileError, match="model.path"):
         locate(path)
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """A llama with tied embeddings that also stores a head, as some tools write it."""
+    make("llama_tied").save_pretrained(tmp_path / "hf")
+    change(tmp_path / "hf", lambda tensors: {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    return tmp_path / "hf"
+
+
+def test_a_head_that_differs_from_the_embeddings_that_it_is_tied_to_is_refused(tied):
+    def edit(tensors):
+        tensors["lm_head.weight"][5, 3] += 1.0
+        return tensors
+
+    change(tied, edit)
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings.*lm_head\.weight.*model\.embed_tokens\.weight differ.*set it to false"):
+        load_model(tied)
+
+
+def test_a_stored_copy_of_tied_embeddings_is_read_and_stays_a_copy(tied, tmp_path):
+    model = load_model(tied, dtype="float32", trainable=True)
+    with torch.no_grad():
+        model.embeddings.weight += 0.5
+    save_model(model, tmp_path / "ours")
+    saved = load_file(tmp_path / "ours" / "model.safetensors")
+    assert torch.equal(saved["model.embed_tokens.weight"], model.embeddings.weight)
+    assert torch.equal(saved["lm_head.weight"], model.embeddings.weight)
+    load_model(tmp_path / "ours")
+
+
+def test_a_loaded_model_is_in_evaluation_mode(hybrid):
+    assert not any(module.training for module in load_model(hybrid, trainable=True).modules())
+
+
+def test_drawn_weights_are_saved_in_the_configs_dtype_but_for_what_stays_fp32(hybrid, tmp_path):
+    config = json.loads((hybrid / "config.json").read_text())
+    (hybrid / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    save_model(load_model(hybrid, dtype="float32", random_seed=0), tmp_path / "drawn")
+    for name, info in Checkpoint(tmp_path / "drawn").tensors.items():
+        assert info.dtype == ("F32" if name.endswith(("A_log", ".D", "dt_bias", "e_score_correction_bias")) else "BF16"), name
