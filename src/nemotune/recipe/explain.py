@@ -146,5 +146,5 @@ def _number(node: Node) -> str:
         bounds = f" of at least {low:g}"
     else:
         start = f" above {above:g}" if above is not None else f" from {low:g}" if low is not None else ""
-        bounds = start + (f" to {high:g}" if high is not None else f" to below {below:g}" if below is not None else "")
+        bounds = start + (f" to {high:.12g}" if high is not None else f" to below {below:g}" if below is not None else "")
     return ("a whole number" if whole else "a number") + bounds

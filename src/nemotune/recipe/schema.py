@@ -96,7 +96,7 @@ class Lora(Section):
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32
-    dropout: Fraction = 0.0
+    dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
     targets: Literal["default"] | Annotated[tuple[str, ...], Field(min_length=1)] = "default"
     rslora: bool = False
     dora: bool = False
@@ -125,7 +125,7 @@ class Train(Section):
     max_grad_norm: NonNegativeFloat = 1.0
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     eval_every: PositiveInt | None = None
     early_stopping: PositiveInt | None = None  # evaluations without a better validation loss before stopping
     checkpoint_every: PositiveInt | None = 200
