@@ -5,6 +5,9 @@ Norms, biases and the per-head parameters of Mamba are never decayed.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,12 +30,24 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], train: Train) -> Opti
     return _adamw_8bit(groups, train, on_cuda=next(iter(parameters.values())).is_cuda)
 
 
+def describe(optimizer: Optimizer) -> str | None:
+    """Which library's 8-bit form was found, why, and what it costs; None for plain AdamW, which needs no word."""
+    library = type(optimizer).__module__.partition(".")[0]
+    if library == "bitsandbytes":
+        return "train.optimizer: bitsandbytes' 8-bit AdamW"
+    if library == "torchao":
+        on_cuda = optimizer.param_groups[0]["params"][0].is_cuda
+        why = "bitsandbytes is not installed" if on_cuda else "bitsandbytes needs CUDA"
+        return f"train.optimizer: torchao's 8-bit AdamW ({why}); the first step compiles, which takes about half a minute"
+    return None
+
+
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith("conv1d.weight")
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], train: Train, *, on_cuda: bool) -> Optimizer:
-    """bitsandbytes where there is CUDA, else torchao, whose first step compiles (half a minute, and a C++ compiler on the CPU)."""
+    """bitsandbytes' where there is CUDA, else torchao's, whose first step compiles."""
     if on_cuda:
         try:
             from bitsandbytes.optim import AdamW8bit
@@ -47,4 +62,10 @@ def _adamw_8bit(groups: list[dict[str, Any]], train: Train, *, on_cuda: bool) ->
             "train.optimizer: adamw_8bit needs bitsandbytes (CUDA) or torchao, neither is installed; "
             "`pip install 'nemotune[cuda]'`, or train.optimizer=adamw"
         ) from error
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile looks for it
+    if not on_cuda and shutil.which(compiler) is None:
+        raise UnsupportedError(
+            f"train.optimizer: adamw_8bit on a CPU is compiled, and there is no C++ compiler {compiler} (the variable CXX may name one); "
+            "install it, or train.optimizer=adamw"
+        )
     return TorchAdamW8bit(groups, lr=torch.tensor(train.learning_rate), betas=train.betas)

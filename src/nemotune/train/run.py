@@ -25,7 +25,7 @@ from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.health import Liveness, SpikeGuard, require_finite
 from nemotune.train.metrics import Metrics
-from nemotune.train.optim import make_optimizer
+from nemotune.train.optim import describe, make_optimizer
 from nemotune.train.progress import StepBar
 from nemotune.train.schedule import learning_rate, part_of
 from nemotune.train.step import accumulate, gradient_norm, update, validation_loss
@@ -62,6 +62,8 @@ def run(
     total_steps = count_steps(loader.steps_per_epoch, recipe)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, settings)
+    if said := describe(optimizer):
+        console.print(said)
     set_activation_checkpointing(model, settings.activation_checkpointing)
     checkpoints = Checkpoints(run_dir, keep=settings.keep_checkpoints)
     progress = Progress()

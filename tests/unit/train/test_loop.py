@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from nemotune.recipe import Lora, Train
 from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.health import Liveness
-from nemotune.train.optim import make_optimizer
+from nemotune.train.optim import describe, make_optimizer
 from nemotune.train.step import accumulate, gradient_norm, update, validation_loss
 
 SPLIT = ToySplit([30, 20, 25])
@@ -86,6 +87,45 @@ def test_8_bit_adamw_without_its_libraries_says_what_to_install(adapted, monkeyp
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(UnsupportedError, match=r"train\.optimizer: adamw_8bit needs bitsandbytes \(CUDA\) or torchao"):
         make_optimizer(trainable(model), Train(optimizer="adamw_8bit"))
+
+
+def library(monkeypatch, name):
+    """A stand-in for `name`'s 8-bit AdamW: the choice is tested here, the arithmetic in tests/parity."""
+    stand_in = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": f"{name}.optim.adam"})
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, f"{name}.optim", SimpleNamespace(AdamW8bit=stand_in))
+    return stand_in
+
+
+def test_8_bit_adamw_on_a_cpu_is_torchaos_and_says_so(adapted, monkeypatch):
+    library(monkeypatch, "bitsandbytes")
+    stand_in = library(monkeypatch, "torchao")
+    optimizer = make_optimizer(trainable(adapted[0]), Train(optimizer="adamw_8bit"))
+    assert type(optimizer) is stand_in
+    told = describe(optimizer)
+    assert "torchao's 8-bit AdamW" in told and "bitsandbytes needs CUDA" in told and "first step compiles" in told
+    assert describe(make_optimizer(trainable(adapted[0]), Train())) is None
+
+
+def test_8_bit_adamw_on_a_gpu_is_bitsandbytes_where_it_is_installed(adapted, monkeypatch):
+    parameters = {name: OnCuda(p) for name, p in trainable(adapted[0]).items()}
+    library(monkeypatch, "torchao")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    assert "bitsandbytes is not installed" in describe(make_optimizer(parameters, Train(optimizer="adamw_8bit")))
+    stand_in = library(monkeypatch, "bitsandbytes")
+    optimizer = make_optimizer(parameters, Train(optimizer="adamw_8bit"))
+    assert type(optimizer) is stand_in and "bitsandbytes' 8-bit AdamW" in describe(optimizer)
+
+
+class OnCuda(torch.nn.Parameter):
+    is_cuda = True
+
+
+def test_8_bit_adamw_without_a_compiler_is_refused_before_training(adapted, monkeypatch):
+    library(monkeypatch, "torchao")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UnsupportedError, match=r"train\.optimizer: .*no-such-compiler.*train\.optimizer=adamw"):
+        make_optimizer(trainable(adapted[0]), Train(optimizer="adamw_8bit"))
 
 
 @pytest.mark.parametrize("kind", [LoRALinear, LoRAExperts])

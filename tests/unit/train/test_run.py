@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import os
@@ -44,12 +45,11 @@ def directory(tmp_path_factory):
 def train(directory, tmp_path):
     """Train a fresh model in `tmp_path/<name>`; `doctor` may change the adapted model first. Returns the model and the result."""
 
-    def train(*settings, name="run", resume=False, doctor=lambda model: None):
+    def train(*settings, name="run", resume=False, doctor=lambda model: None, console=Console(quiet=True)):  # noqa: B008
         model = load_model(directory, dtype="float32")
         recipe = load("quickstart", (*SETTINGS, *settings))
         keys = apply_lora(model, recipe.lora)
         doctor(model)
-        console = Console(quiet=True)
         return model, run(
             model, recipe, train=SPLIT, validation=HELD_OUT, run_dir=tmp_path / name, keys=keys, resume=resume, console=console
         )
@@ -151,6 +151,13 @@ def test_tensorboard_has_the_numbers_of_the_rows_also_after_resuming(train, tmp_
     for kind, key in (("train", "loss"), ("train", "grad_norm"), ("eval", "perplexity")):
         told = [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in rows(tmp_path / "run", kind)]
         assert [(event.step, event.value) for event in events.Scalars(f"{kind}/{key}")] == told
+
+
+def test_the_run_says_which_8_bit_optimiser_it_found(train, monkeypatch):
+    monkeypatch.setattr(sys.modules[run.__module__], "describe", lambda optimizer: f"one of {type(optimizer).__name__}'s kind")
+    told = io.StringIO()
+    train("train.max_steps=1", console=Console(file=told))
+    assert "one of AdamW's kind" in told.getvalue()
 
 
 # what stops a run
