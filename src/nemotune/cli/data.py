@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nemotune.cli.options import DryRun, Overrides, Overwrite, RecipeName, RunDir, open_recipe
+from nemotune.cli.options import DryRun, Overrides, Overwrite, RecipeName, RunDir, carry_out
 
 app = typer.Typer(add_completion=False)
 
@@ -21,9 +21,4 @@ def data(
     dry_run: DryRun = False,
 ) -> None:
     """Prepare the rows and show what is trained on."""
-    opened = open_recipe(recipe, overrides, run_dir, verb="data")
-    from rich.console import Console
-
-    from nemotune.workflow import stages
-
-    stages.data(opened.recipe, run_dir=opened.run_dir, show=show, overwrite=overwrite, dry_run=dry_run, console=Console())
+    carry_out("data", recipe, overrides, run_dir, show=show, overwrite=overwrite, dry_run=dry_run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from nemotune.cli.options import DryRun, Overrides, Overwrite, RecipeName, RunDir, open_recipe
+from nemotune.cli.options import DryRun, Overrides, Overwrite, RecipeName, RunDir, carry_out
 
 app = typer.Typer(add_completion=False)
 
@@ -18,9 +18,4 @@ def evaluate(
     dry_run: DryRun = False,
 ) -> None:
     """Score the tuned model and its base on held-out rows."""
-    opened = open_recipe(recipe, overrides, run_dir, verb="eval")
-    from rich.console import Console
-
-    from nemotune.workflow import stages
-
-    stages.evaluate(opened.recipe, run_dir=opened.run_dir, overwrite=overwrite, dry_run=dry_run, console=Console())
+    carry_out("eval", recipe, overrides, run_dir, stage="evaluate", overwrite=overwrite, dry_run=dry_run)

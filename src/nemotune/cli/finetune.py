@@ -12,9 +12,8 @@ from typing import Annotated
 
 import typer
 
-from nemotune.cli import run as run_verb
 from nemotune.cli.main import guarded
-from nemotune.cli.options import DryRun, Overrides, Overwrite, Resume
+from nemotune.cli.options import DryRun, Overrides, Overwrite, Resume, carry_out
 
 RECIPE = "glaive-nano-4b"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -40,7 +39,7 @@ def finetune(
     short = [f"{key}={value}" for key, value in settings.items() if value is not None]
     short += ["export.merged=true"] if merge else []
     short += [f"export.gguf=[{', '.join(gguf)}]"] if gguf else []
-    run_verb.run(RECIPE, [*short, *(overrides or ())], run_dir=output, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    carry_out("run", RECIPE, [*short, *(overrides or ())], output, resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 
 def main() -> None:

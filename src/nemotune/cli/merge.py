@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nemotune.cli.options import DryRun, Overrides, Overwrite, RecipeName, RunDir, open_recipe
+from nemotune.cli.options import DryRun, Overrides, Overwrite, RecipeName, RunDir, carry_out
 
 app = typer.Typer(add_completion=False)
 
@@ -22,9 +22,4 @@ def merge(
     dry_run: DryRun = False,
 ) -> None:
     """Merge the adapter into the base, shard by shard."""
-    opened = open_recipe(recipe, overrides, run_dir, verb="merge")
-    from rich.console import Console
-
-    from nemotune.workflow import stages
-
-    stages.merge(opened.recipe, run_dir=opened.run_dir, output=output, overwrite=overwrite, dry_run=dry_run, console=Console())
+    carry_out("merge", recipe, overrides, run_dir, output=output, overwrite=overwrite, dry_run=dry_run)

@@ -1,17 +1,17 @@
-"""What the verbs have in common: the recipe argument, overrides, and the options that mean the same in each. Words only, no work."""
+"""What the verbs have in common: the recipe argument, the options that mean the same in each, and the way to their stage. No work."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from nemotune.recipe import Recipe
 
-__all__ = ["DryRun", "Opened", "Overrides", "Overwrite", "RecipeName", "Resume", "RunDir", "open_recipe"]
+__all__ = ["DryRun", "Opened", "Overrides", "Overwrite", "RecipeName", "Resume", "RunDir", "carry_out", "open_recipe", "training_verb"]
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe, a YAML file, or the directory of an earlier run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings on top of the recipe: train.epochs=2 ...")]
@@ -38,3 +38,31 @@ def open_recipe(name: str, overrides: list[str] | None, run_dir: Path | None = N
     support.check(recipe, verb=verb)
     earlier = Path(name) if Path(name, "recipe.json").is_file() else None
     return Opened(recipe=recipe, run_dir=run_dir or earlier or recipe.run_dir)
+
+
+def carry_out(verb: str, name: str, overrides: list[str] | None, run_dir: Path | None, *, stage: str = "", **options: Any) -> None:
+    """Open the recipe and call the stage of `nemotune.workflow` that bears the verb's name, or `stage`."""
+    opened = open_recipe(name, overrides, run_dir, verb=verb)
+    from rich.console import Console
+
+    from nemotune.workflow import stages
+
+    getattr(stages, stage or verb)(opened.recipe, run_dir=opened.run_dir, console=Console(), **options)
+
+
+def training_verb(verb: str, summary: str) -> typer.Typer:
+    """The command of a verb that trains."""
+    app = typer.Typer(add_completion=False)
+
+    @app.command(verb, help=summary)
+    def _train(
+        recipe: RecipeName = "quickstart",
+        overrides: Overrides = None,
+        run_dir: RunDir = None,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        dry_run: DryRun = False,
+    ) -> None:
+        carry_out(verb, recipe, overrides, run_dir, resume=resume, overwrite=overwrite, dry_run=dry_run)
+
+    return app

@@ -1,13 +1,39 @@
-"""A progress bar on stderr: rate and time left. Nothing where stderr is not a terminal."""
+"""Progress on stderr: a bar with rate and time left. Where stderr is no terminal, a plain line every half a minute."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+LINE_SECONDS = 30.0  # between two plain lines
+
+
+class Clock:
+    """The time since work began, and when the next plain line is due."""
+
+    def __init__(self) -> None:
+        self._begun = self._told = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+    def line_is_due(self) -> bool:
+        """True once in LINE_SECONDS."""
+        now = time.monotonic()
+        due = now - self._told >= LINE_SECONDS - 1e-6
+        self._told = now if due else self._told
+        return due
+
+    def left(self, *, done: int, total: int) -> str:
+        """The time that `total - done` more will take at the rate so far, as h:mm:ss."""
+        return f"{timedelta(seconds=round((total - done) * self.seconds / done))} left"
 
 
 class _Rate(ProgressColumn):
@@ -17,9 +43,25 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(description: str, *, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Yield a function that moves the bar on by a number of rows; without a total it counts and spins."""
-    console = Console(stderr=True)
+    """Yield a function that moves on by a number of rows; without a total it counts and spins."""
+    console, clock, done = Console(stderr=True, soft_wrap=True, highlight=False), Clock(), 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        bar.advance(task, rows)
+        if not console.is_terminal and clock.line_is_due():
+            console.print(_line(description, clock, done=done, total=total), markup=False)
+
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda rows: bar.advance(task, rows)
+        yield advance
+
+
+def _line(description: str, clock: Clock, *, done: int, total: int | None) -> str:
+    rate = done / clock.seconds
+    words = [f"{done:,}" if total is None else f"{done:,} of {total:,}"]
+    words += [f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"] if done else []
+    words += [clock.left(done=done, total=total)] if done and total else []
+    return f"{description}: {', '.join(words)}"

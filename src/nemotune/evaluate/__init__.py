@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from nemotune.evaluate.compare import compare, compare_files, summarize
-from nemotune.evaluate.run import TASKS, run
+from nemotune.evaluate.run import TASKS, Summary, run
 from nemotune.evaluate.table import comparison_table, summary_table
 
-__all__ = ["TASKS", "compare", "compare_files", "comparison_table", "run", "summarize", "summary_table"]
+__all__ = ["TASKS", "Summary", "compare", "compare_files", "comparison_table", "run", "summarize", "summary_table"]

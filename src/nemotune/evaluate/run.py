@@ -21,7 +21,9 @@ from nemotune.evaluate.rows import HeldOut, Row, hold_out, write_rows
 from nemotune.models import CausalLM
 from nemotune.recipe import Recipe
 
-__all__ = ["TASKS", "run"]
+__all__ = ["TASKS", "Summary", "run"]
+
+Summary = dict[str, dict[str, dict[str, float]]]  # {task: {metric: {"value", "n"}}}
 
 TASKS: dict[str, Callable[[Candidate, HeldOut], list[Row]]] = {
     "multiple_choice": multiple_choice.score,
@@ -31,10 +33,8 @@ TASKS: dict[str, Callable[[Candidate, HeldOut], list[Row]]] = {
 }
 
 
-def run(
-    model: CausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, prepared: Prepared, *, label: str, out_dir: Path
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Score `model`, write `out_dir/<label>.jsonl`, and return {task: {metric: {"value", "n"}}}.
+def run(model: CausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, prepared: Prepared, *, label: str, out_dir: Path) -> Summary:
+    """Score `model`, write `out_dir/<label>.jsonl`, and return every metric of every task.
 
     Asked are `evaluate.max_samples` rows of the test split, or of the validation split where there is none. Raises DataError without either.
     """

@@ -1,4 +1,4 @@
-"""The bar of a training run: step, loss, tokens per second, peak memory, time left."""
+"""The progress of a training run: step, loss, tokens per second, peak memory, time left. A bar, or lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nemotune.data.progress import Clock
+
 
 class StepBar:
-    """A rich progress bar on the console's stream; plain logs get nothing but the metrics file."""
+    """A bar on `console`, which is stderr's; a log gets the first step, the last, and a line every half a minute between."""
 
     def __init__(self, console: Console, *, total: int, done: int):
         columns = TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn()
-        self._progress = Progress(*columns, console=console, transient=False)
+        self._console, self._clock = console, Clock()
+        self._begun, self._step, self._total = done, done, total
+        self._progress = Progress(*columns, console=console, transient=False, disable=not console.is_terminal)
         self._task = self._progress.add_task("train", total=total, completed=done, status="")
         self._note = ""
 
@@ -27,7 +31,12 @@ class StepBar:
     def advance(self, *, loss: float, tokens_per_second: float, memory_bytes: int) -> None:
         """One step done."""
         status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {memory_bytes / 1e9:.1f} GB{self._note}"
+        self._step += 1
         self._progress.update(self._task, advance=1, status=status)
+        if not self._console.is_terminal and (self._step in (self._begun + 1, self._total) or self._clock.line_is_due()):
+            left = self._clock.left(done=self._step - self._begun, total=self._total - self._begun)
+            line = f"step {self._step:,} of {self._total:,}: {status}  {left}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Words that stay behind the numbers until the next ones."""

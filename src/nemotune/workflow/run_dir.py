@@ -19,7 +19,8 @@ MAY_CHANGE = (  # what a resumed run may have otherwise: how long it goes on, wh
     "train.keep_checkpoints", "logging.", "evaluate.", "export.",
 )  # fmt: skip
 OF_THE_MODEL = ("method", "model.", "data.", "lora.")  # what a trained model and its prepared rows were made with
-TRAINED = ("metrics.jsonl", "tensorboard", "checkpoints", "adapter", "model", "eval", "export", "report.html", "coverage.json")
+FROM_TRAINED = ("eval", "export", "report.html")  # made from what was trained
+TRAINED = ("metrics.jsonl", "tensorboard", "checkpoints", "adapter", "model", "coverage.json", *FROM_TRAINED)
 
 
 def is_begun(run_dir: Path) -> bool:
@@ -68,9 +69,9 @@ def require_same_model(recipe: Recipe, run_dir: Path) -> None:
         )
 
 
-def discard(run_dir: Path) -> None:
-    """Remove what training and the stages after it left; prepared data stay."""
-    for name in TRAINED:
+def discard(run_dir: Path, names: tuple[str, ...] = TRAINED) -> None:
+    """Remove what training and the stages after it left, or `names` of it; prepared data stay."""
+    for name in names:
         path = run_dir / name
         if path.is_dir():
             shutil.rmtree(path)

@@ -14,15 +14,16 @@ from nemotune.data.prepare import Prepared, prepare
 from nemotune.data.progress import progress
 from nemotune.engines import native
 from nemotune.errors import ConflictError, MissingFileError, UnsupportedError
-from nemotune.evaluate import compare_files, comparison_table, summary_table
+from nemotune.evaluate import Summary, compare_files, comparison_table, summary_table
 from nemotune.evaluate import run as run_evaluation
 from nemotune.export.merge import merge as merge_files
 from nemotune.export.merge import plan_merge
+from nemotune.files import staged_directory
 from nemotune.lora import load_adapter
-from nemotune.models import load_model, load_tokenizer, locate
+from nemotune.models import CausalLM, load_model, load_tokenizer, locate
 from nemotune.plan.cost import cost_line, coverage_table, estimate
 from nemotune.recipe import Recipe
-from nemotune.workflow.run_dir import is_begun, open_run, record, refuse_begun, require_same_model
+from nemotune.workflow.run_dir import FROM_TRAINED, discard, is_begun, open_run, record, refuse_begun, require_same_model
 
 
 def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
@@ -34,9 +35,9 @@ def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
     console.rule(f"{recipe.name} in {run_dir}", align="left")
     estimate(recipe)  # a target or a config that does not fit is told before the rows are read
-    data(recipe, run_dir=run_dir, show=0, overwrite=overwrite, dry_run=False, console=console)
+    prepared = _prepare(recipe, run_dir, show=0, overwrite=overwrite, console=console)
     plan(recipe, console=console)
-    train(recipe, run_dir=run_dir, resume=resume, overwrite=overwrite, dry_run=False, console=console)
+    _train(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, console=console)
     evaluate(recipe, run_dir=run_dir, overwrite=True, dry_run=False, console=console)
     if recipe.export.merged and recipe.method == "lora":
         merge(recipe, run_dir=run_dir, output=None, overwrite=True, dry_run=False, console=console)
@@ -48,12 +49,7 @@ def data(recipe: Recipe, *, run_dir: Path, show: int, overwrite: bool, dry_run: 
     if dry_run:
         console.print(f"would prepare {recipe.data.train.path} into {run_dir / 'data'}")
         return
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
-    prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
-    if not is_begun(run_dir):
-        record(recipe, run_dir, fingerprint=prepared.fingerprint)
-    preview.show(prepared, tokenizer, console, samples=show)
-    _wrote(console, run_dir / "data", then=f"nemotune train {run_dir}")
+    _prepare(recipe, run_dir, show=show, overwrite=overwrite, console=console)
 
 
 def plan(recipe: Recipe, *, console: Console) -> None:
@@ -74,39 +70,40 @@ def train(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_r
     estimate(recipe)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
-    open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
-    result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=console)
-    ended = "stopped early" if result.stopped_early else "finished"
-    console.print(f"{ended} after {result.steps} steps; the {result.weights} weights are kept")
-    _wrote(console, run_dir / native.trained_name(recipe), then=f"nemotune eval {run_dir}")
+    _train(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, console=console)
 
 
 def evaluate(recipe: Recipe, *, run_dir: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
-    """Score the tuned model, and its base if asked, on the held-out rows; compare the two."""
+    """Score the tuned model, and its base if asked, on the held-out rows; compare the two. One model is in memory at a time."""
     eval_dir, trained = run_dir / "eval", run_dir / native.trained_name(recipe)
     if dry_run:
         console.print(f"would evaluate {', '.join(recipe.evaluate.tasks)} into {eval_dir}")
         return
-    if (eval_dir / "tuned.jsonl").is_file() and not overwrite:
+    if eval_dir.is_dir() and not overwrite:
         raise ConflictError(f"{eval_dir}: holds an evaluation already; --overwrite replaces it")
     if not trained.is_dir():
         raise MissingFileError(f"{trained}: nothing trained yet; `nemotune train` comes first")
-    require_same_model(recipe, run_dir)
     prepared = _prepared(run_dir)
+    require_same_model(recipe, run_dir)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     baseline = recipe.evaluate.baseline and recipe.model.weights == "pretrained"
-    device = native.default_device()
-    if baseline or recipe.method == "lora":
-        model = load_model(recipe.model.path, dtype=recipe.model.dtype, revision=recipe.model.revision, device=device).eval()
-        (eval_dir / "base.jsonl").unlink(missing_ok=True)
-        if baseline:
-            run_evaluation(model, tokenizer, recipe, prepared, label="base", out_dir=eval_dir)
+    with staged_directory(eval_dir, overwrite=True) as aside:
+
+        def ask(model: CausalLM, label: str) -> Summary:
+            return run_evaluation(model.eval(), tokenizer, recipe, prepared, label=label, out_dir=aside)
+
         if recipe.method == "lora":
+            model = _base(recipe)
+            if baseline:
+                ask(model, "base")
             load_adapter(model, trained)
-    if recipe.method != "lora":
-        model = load_model(trained, dtype=recipe.model.dtype, device=device)
-    summary = run_evaluation(model.eval(), tokenizer, recipe, prepared, label="tuned", out_dir=eval_dir)
-    console.print(comparison_table(compare_files(eval_dir, seed=recipe.train.seed)) if baseline else summary_table(summary, label="tuned"))
+        else:
+            if baseline:
+                ask(_base(recipe), "base")
+            model = load_model(trained, dtype=recipe.model.dtype, device=native.default_device())
+        summary = ask(model, "tuned")
+        compared = compare_files(aside, seed=recipe.train.seed) if baseline else None
+    console.print(comparison_table(compared) if compared else summary_table(summary, label="tuned"))
     _wrote(console, eval_dir, then=f"nemotune report {run_dir}")
 
 
@@ -140,6 +137,31 @@ def report(run_dir: Path, *, console: Console) -> None:
 
     write_report(run_dir)
     _wrote(console, run_dir / "report.html", then="open it in a browser")
+
+
+def _prepare(recipe: Recipe, run_dir: Path, *, show: int, overwrite: bool, console: Console) -> Prepared:
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
+    if not is_begun(run_dir):
+        record(recipe, run_dir, fingerprint=prepared.fingerprint)
+    preview.show(prepared, tokenizer, console, samples=show)
+    _wrote(console, run_dir / "data", then=f"nemotune train {run_dir}")
+    return prepared
+
+
+def _train(recipe: Recipe, prepared: Prepared, run_dir: Path, *, resume: bool, overwrite: bool, console: Console) -> None:
+    """Train and keep the outcome; what an earlier outcome was evaluated, merged and reported as is removed."""
+    open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
+    result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=Console(stderr=True, soft_wrap=True))
+    discard(run_dir, FROM_TRAINED)
+    ended = "stopped early" if result.stopped_early else "finished"
+    console.print(f"{ended} after {result.steps} steps; the {result.weights} weights are kept")
+    _wrote(console, run_dir / native.trained_name(recipe), then=f"nemotune eval {run_dir}")
+
+
+def _base(recipe: Recipe) -> CausalLM:
+    base = recipe.model
+    return load_model(base.path, dtype=base.dtype, revision=base.revision, device=native.default_device())
 
 
 def _prepared(run_dir: Path) -> Prepared:

@@ -30,6 +30,15 @@ def test_help_imports_nothing_heavy() -> None:
     assert not loaded & set(HEAVY)
 
 
+def test_help_of_every_verb_imports_nothing_heavy() -> None:
+    lines = ["import typer", "from nemotune.cli import finetune", "from nemotune.cli.main import app", "commands = [(finetune.app, [])]"]
+    lines.append(f"commands += [(app, [verb]) for verb in {VERBS}] + [(app, ['recipes', name]) for name in ('list', 'show', 'schema')]")
+    lines.append("for application, words in commands: application([*words, '--help'], standalone_mode=False)")
+    loaded = modules_after("\n".join(lines))
+    assert "nemotune.cli.doctor" in loaded
+    assert not loaded & {*HEAVY} - {"pydantic"}  # typer itself looks for it
+
+
 def test_package_import_is_light_and_its_functions_are_lazy() -> None:
     assert not modules_after("import nemotune; nemotune.__version__; dir(nemotune)") & set(HEAVY)
     assert callable(nemotune.load_model) and callable(nemotune.load_tokenizer)

@@ -1,0 +1,121 @@
+"""The stages of a run meet through files, do each thing once, and keep what is for people apart from what is for pipes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from nemotune.data import spool
+from nemotune.engines import native
+from nemotune.recipe import load
+from nemotune.workflow import stages
+
+SETTINGS = (
+    "data.max_samples=12", "data.test=0.2", "data.validation=null", "data.sequence_length=512", "train.eval_every=null", "train.max_steps=2",
+    "train.micro_batch_size=1", "train.global_batch_size=1", "logging.trackers=[]", "evaluate.tasks=[perplexity]", "evaluate.max_samples=2",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEMOTUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def recipe():
+    return load("quickstart", SETTINGS)
+
+
+@pytest.fixture
+def trained_at_once(monkeypatch):
+    """An engine that leaves the directory of what was trained, and nothing in it."""
+
+    def train(recipe, prepared, *, run_dir, **_):
+        (run_dir / native.trained_name(recipe)).mkdir(exist_ok=True)
+        (run_dir / "metrics.jsonl").touch()
+        return SimpleNamespace(steps=2, weights="last", stopped_early=False)
+
+    monkeypatch.setattr(native, "train", train)
+
+
+def options(run_dir, **changed):
+    return {"run_dir": run_dir, "overwrite": False, "dry_run": False, "console": Console(quiet=True), **changed}
+
+
+def test_a_run_reads_its_rows_once(recipe, tmp_path, monkeypatch, trained_at_once):
+    read, rows = [], spool.iter_rows
+    monkeypatch.setattr(spool, "iter_rows", lambda source: read.append(source.path) or rows(source))
+    for later in ("evaluate", "merge", "report"):
+        monkeypatch.setattr(stages, later, lambda *args, **kwargs: None)
+    stages.run(recipe, resume=False, **options(tmp_path / "run"))
+    assert read == ["nemotron-tiny/train.jsonl"]
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["train"]["max_steps"] == 2
+
+
+def test_progress_is_on_stderr_and_results_are_on_stdout(recipe, tmp_path, capsys):
+    stages.train(recipe, resume=False, **options(tmp_path / "run", console=Console(width=400)))
+    printed = capsys.readouterr()
+    assert "step 1 of 2: loss" in printed.err and "step 2 of 2: loss" in printed.err
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["finished", "wrote"]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_evaluation_holds_one_model_at_a_time(tmp_path, monkeypatch, trained_at_once, method):
+    recipe = load("quickstart", [*SETTINGS, f"method={method}", "export.merged=false"])
+    stages.train(recipe, resume=False, **options(tmp_path / "run"))
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most, asked = [], []
+
+    class Model:
+        def eval(self):
+            return self
+
+    def load_model(path, **settings):
+        gc.collect()
+        alive.add(model := Model())
+        most.append(len(alive))
+        return model
+
+    def run_evaluation(model, tokenizer, recipe, prepared, *, label, out_dir):
+        asked.append(label)
+        (out_dir / f"{label}.jsonl").touch()
+        return {}
+
+    monkeypatch.setattr(stages, "load_model", load_model)
+    monkeypatch.setattr(stages, "load_adapter", lambda model, directory: None)
+    monkeypatch.setattr(stages, "run_evaluation", run_evaluation)
+    monkeypatch.setattr(stages, "compare_files", lambda directory, seed: {"tasks": {}})
+    monkeypatch.setattr(stages, "comparison_table", str)
+    stages.evaluate(recipe, **options(tmp_path / "run"))
+    assert asked == ["base", "tuned"] and most == ([1] if method == "lora" else [1, 1])
+
+
+def test_an_evaluation_that_breaks_off_leaves_the_earlier_one(recipe, tmp_path, monkeypatch, trained_at_once):
+    stages.train(recipe, resume=False, **options(tmp_path / "run"))
+    (tmp_path / "run" / "eval").mkdir()
+    (tmp_path / "run" / "eval" / "tuned.jsonl").write_text("earlier")
+
+    def interrupted(*args, out_dir, **kwargs):
+        (out_dir / "base.jsonl").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "load_model", lambda path, **settings: SimpleNamespace(eval=lambda: None))
+    monkeypatch.setattr(stages, "run_evaluation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stages.evaluate(recipe, **options(tmp_path / "run", overwrite=True))
+    assert [file.read_text() for file in (tmp_path / "run" / "eval").iterdir()] == ["earlier"]
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_training_on_discards_what_was_made_from_the_earlier_weights(recipe, tmp_path, trained_at_once):
+    run_dir = tmp_path / "run"
+    stages.train(recipe, resume=False, **options(run_dir))
+    for name in ("eval", "export"):
+        (run_dir / name).mkdir()
+    stages.train(recipe, resume=True, **options(run_dir))
+    assert sorted(path.name for path in run_dir.iterdir()) == ["adapter", "data", "environment.json", "metrics.jsonl", "recipe.json"]
