@@ -8,7 +8,9 @@ import math
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,6 @@ from toy_split import ToySplit
 from nemotune.errors import TrainingError
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
-from nemotune.ops.experts import combine
 from nemotune.recipe import load
 from nemotune.train import health, run
 from nemotune.train.metrics import read_metrics
@@ -170,15 +171,10 @@ def bypass_out_proj(model):
 
 
 def bypass_experts(model):
-    """As a kernel does that takes the weights and calls no module."""
+    """The forward finds the frozen layers where the adapted ones are, as a kernel does that takes the weights."""
     experts = model.backbone.layers[1].mixer.experts
-
-    def forward(x_TD, routing):
-        sent = experts.dispatch(routing)
-        h_MF = experts.up_proj.base(x_TD[sent.tokens_M], sent).relu().square()
-        return combine(experts.down_proj.base(h_MF, sent), sent, len(x_TD))
-
-    experts.forward = forward
+    frozen = SimpleNamespace(up_proj=experts.up_proj.base, down_proj=experts.down_proj.base, dispatch=experts.dispatch)
+    experts.forward = partial(type(experts).forward, frozen)
 
 
 def test_a_dead_adapter_stops_the_loop_at_the_first_step(train, tmp_path):
@@ -224,17 +220,36 @@ def test_divergence_is_written_and_stops_the_loop_at_the_same_step_when_resumed(
 # what is kept
 
 
-def test_the_weights_of_the_lowest_validation_loss_are_the_ones_that_stay(train, tmp_path):
-    settings = "train.max_steps=8", "train.eval_every=1", "train.schedule=constant", "train.learning_rate=0.3", "train.keep_checkpoints=1"
-    model, result = train(*settings)
-    losses = [row["loss"] for row in rows(tmp_path / "run", "eval")]
-    best = losses.index(min(losses)) + 1
-    assert 1 <= best < 8, "the last step is not the best"
-    assert (result.weights, result.best_validation_loss, result.steps) == ("best", min(losses), 8)
+@pytest.fixture
+def validations(monkeypatch):
+    """Make the run find these validation losses, one after another."""
+
+    def validations(*losses):
+        found = iter(losses)
+        monkeypatch.setattr(sys.modules[run.__module__], "validation_loss", lambda model, batches: next(found))
+
+    return validations
+
+
+def test_the_weights_of_the_lowest_validation_loss_are_the_ones_that_stay(train, tmp_path, validations):
+    validations(4.0, 2.0, 3.0, 2.0, 5.0)
+    model, result = train("train.max_steps=5", "train.eval_every=1", "train.keep_checkpoints=1")
+    assert (result.weights, result.best_validation_loss, result.steps) == ("best", 2.0, 5)
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.glob("step_*")) == [f"step_{best:06}", "step_000008"]
-    assert same(adapters(model), saved(checkpoints / f"step_{best:06}"))
-    assert not same(adapters(model), saved(checkpoints / "step_000008"))
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000002", "step_000005"]
+    assert same(adapters(model), saved(checkpoints / "step_000002"))
+    assert not same(adapters(model), saved(checkpoints / "step_000005"))
+
+
+def test_a_resumed_run_knows_the_best_of_before(train, tmp_path, validations):
+    validations(2.0, 3.0)
+    settings = "train.eval_every=1", "train.checkpoint_every=2", "train.schedule=constant"
+    with pytest.raises(KeyboardInterrupt):
+        train(*settings, "train.max_steps=4", doctor=interrupted_at(3))
+    validations(2.5, 2.6)
+    model, result = train(*settings, "train.max_steps=4", resume=True)
+    assert (result.weights, result.best_validation_loss) == ("best", 2.0)
+    assert same(adapters(model), saved(tmp_path / "run" / "checkpoints" / "step_000001"))
 
 
 def test_without_validation_the_last_weights_stay(train, tmp_path):
@@ -243,9 +258,8 @@ def test_without_validation_the_last_weights_stay(train, tmp_path):
     assert same(adapters(model), saved(tmp_path / "run" / "checkpoints" / "step_000003"))
 
 
-def test_a_loss_that_is_no_number_is_not_the_best(train, tmp_path, monkeypatch):
-    losses = iter([math.nan, 3.0, 4.0])
-    monkeypatch.setattr(sys.modules[run.__module__], "validation_loss", lambda model, batches: next(losses))
+def test_a_loss_that_is_no_number_is_not_the_best(train, tmp_path, validations):
+    validations(math.nan, 3.0, 4.0)
     _, result = train("train.max_steps=3", "train.eval_every=1")
     assert result.best_validation_loss == 3.0 and result.weights == "best"
     assert (tmp_path / "run" / "checkpoints" / "best").read_text() == "step_000002\n"
