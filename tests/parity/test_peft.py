@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from random_models import make, relative, with_our_dt_limits
 from safetensors.torch import load_file
 
@@ -35,6 +35,7 @@ CASES = {
     "experts_alone": ("hybrid", Lora(rank=3, alpha=8, targets=("experts",))),
     "one_projection_of_experts": ("hybrid", Lora(rank=3, alpha=8, targets=("experts.down_proj", "q_proj"))),
     "latent": ("latent", Lora(rank=4, alpha=8)),
+    "lm_head": ("hybrid", Lora(rank=4, alpha=8, targets=("lm_head", "mlp"))),
     "llama": ("llama", Lora(rank=4, alpha=8, dropout=0.1)),
 }
 
@@ -54,6 +55,30 @@ def test_a_saved_adapter_gives_the_same_logits_in_peft(case, tmp_path):
     assert relative(got, expected) < 1e-4
     loaded = {n for n, p in peft.named_parameters() if "lora_" in n}
     assert len(loaded) == len(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+THEIRS = {
+    "last_parts_of_names": ("hybrid", dict(target_modules=["q_proj", "up_proj", "in_proj"])),
+    "last_parts_with_experts": ("hybrid", dict(target_modules=["q_proj"], target_parameters=["experts.up_proj", "experts.down_proj"])),
+    "one_projection_of_experts": ("latent", dict(target_modules=["fc1_latent_proj"], target_parameters=["experts.up_proj"])),
+    "pattern": ("hybrid", dict(target_modules=r".*\.(q|o|down)_proj", use_rslora=True)),
+    "all_linear_but": ("llama", dict(target_modules="all-linear", exclude_modules=["layers.1.mlp.up_proj", "k_proj"])),
+    "lm_head": ("llama", dict(target_modules=["lm_head", "v_proj"])),
+}
+
+
+@pytest.mark.parametrize("case", THEIRS)
+def test_an_adapter_that_peft_saved_gives_the_same_logits_here(case, tmp_path):
+    variant, settings = THEIRS[case]
+    make(variant).save_pretrained(tmp_path / "hf")
+    theirs = get_peft_model(make(variant), LoraConfig(r=3, lora_alpha=8, init_lora_weights=False, **settings)).eval()
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)  # beside lm_head it would copy the base's weight
+    ours = load_model(tmp_path / "hf", dtype="float32")
+    plain = ours.logits(ours(TOKENS, BORDERS))
+    load_adapter(ours, tmp_path / "adapter")
+    expected = with_our_dt_limits(theirs)(TOKENS[None], use_cache=False).logits[0]
+    assert relative(plain, expected) > 0.05, "the adapter must matter"
+    assert relative(ours.eval().logits(ours(TOKENS, BORDERS)), expected) < 1e-4
 
 
 @pytest.mark.parametrize("case", CASES)

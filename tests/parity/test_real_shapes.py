@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemotune.lora import apply_lora, lora_modules
+from nemotune.lora.adapter import WEIGHTS, read_adapter
 from nemotune.models import build_model, parse_config
 from nemotune.models.loading import disk_pieces
 from nemotune.recipe import Lora
+from nemotune.weights import TensorInfo, WritePlan, write_checkpoint
 
 DATA = os.environ.get("NEMOTUNE_TEST_DATA")
 pytestmark = pytest.mark.skipif(not DATA, reason="NEMOTUNE_TEST_DATA is not set")
@@ -53,10 +57,26 @@ def test_lora_on_nano_30b_has_the_tensors_of_a_published_adapter():
             owner, _, last = name.rpartition(".")
             names = [f"{owner}.{e}.{last}" for e in range(len(tensor))] if tensor.ndim == 3 else [name]
             ours |= {f"base_model.model.{each}.{which}.weight": "x".join(map(str, tensor.shape[-2:])) for each in names}
-    with gzip.open(Path(DATA) / "data/nemotron/adapters/nemotron3_nano_30b_lora_r32.tensor_manifest.tsv.gz", "rt") as file:
-        _, *rows = (line.rstrip("\n").split("\t") for line in file)
-    name_at = next(i for i, cell in enumerate(rows[0]) if cell.startswith("base_model."))
-    shape_at = next(i for i, cell in enumerate(rows[0]) if "x" in cell and cell.replace("x", "").isdigit())
-    theirs = {row[name_at]: row[shape_at] for row in rows}
+    theirs = {row["key"]: row["shape"] for row in manifest()}
     assert len(theirs) == 12008
     assert ours == theirs
+
+
+def manifest():
+    """A row for each tensor of the published adapter."""
+    with gzip.open(Path(DATA) / "data/nemotron/adapters/nemotron3_nano_30b_lora_r32.tensor_manifest.tsv.gz", "rt") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def test_the_linear_modules_of_a_published_adapter_are_read(tmp_path):
+    """All its tensors but those of experts, which it keeps one by one: 232 of real shapes, under NVIDIA's own names."""
+    rows = [row for row in manifest() if row["expert_kind"] != "per_expert"]
+    plan = WritePlan(tuple(TensorInfo(row["key"], WEIGHTS, row["dtype"], tuple(map(int, row["shape"].split("x")))) for row in rows))
+    write_checkpoint(tmp_path, plan, lambda info: torch.zeros(info.shape))
+    projections = sorted({row["projection"] for row in rows})
+    config = {"peft_type": "LORA", "r": 32, "lora_alpha": 32, "target_modules": projections}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = build_model(parse_config(published()["nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"]["config"]))
+    pairs = read_adapter(tmp_path, model).pairs
+    assert {f"base_model.model.{name}.{which}.weight" for name in pairs for which in ("lora_A", "lora_B")} == {row["key"] for row in rows}
+    assert {row["dtype"] for row in manifest()} == {"F32"}, "as we save, whatever the base's dtype"

@@ -1,11 +1,7 @@
-"""Adapters on disk in PEFT's form (PEFT 0.21 on transformers 5): `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, named as PEFT names them (`peft_form.py`).
 
-Differences of names and layouts that PEFT imposes, tested by value against it:
-- module names begin with `base_model.model.`, and nemotron_h's `backbone.` is called `model.`;
-- experts are `target_parameters` of one module: `down_proj` wraps `up_proj`, whose keys therefore lie under `experts.base_layer`;
-- A of experts is flattened as (expert, rank) x in, B as out x (rank, expert);
-- `target_parameters` allow no dropout, so the config of such an adapter says 0: it concerns training only.
-Every key written or read is counted: one without a home is an error.
+A of experts is flattened as (expert, rank) x in, B as out x (rank, expert). Every tensor is counted on writing and reading: a module
+that the config names and the file lacks is an error, and so is a tensor of a module that it does not name.
 """
 
 from __future__ import annotations
@@ -13,24 +9,23 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotune.errors import CheckpointError, MissingFileError
 from nemotune.files import staged_directory
 from nemotune.lora.dropout import DropoutKeys
-from nemotune.lora.layers import LoRAExperts, LoRALayer, lora_modules
-from nemotune.lora.targets import apply_lora
+from nemotune.lora.layers import LoRAExperts, lora_modules
+from nemotune.lora.peft_form import named_modules, peft_config, peft_keys, read_peft_config, unplaced_parameters
+from nemotune.lora.targets import apply_lora, linear_modules
 from nemotune.models.base import CausalLM
 from nemotune.recipe import Lora
 from nemotune.weights import TensorInfo, WritePlan, write_checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 OUT_PROJ_NOTE = "PEFT refuses Mamba's out_proj, which this adapter has: it loads in nemotune and merges"
 
 
@@ -54,9 +49,10 @@ class Adapter:
 def save_adapter(model: CausalLM, directory: Path, lora: Lora, *, base: str, overwrite: bool = False) -> list[str]:
     """Write the adapter of `model` into `directory`. Returns notes on where it will not load."""
     layers = dict(lora_modules(model))
+    named = {name: kind for name, kind in linear_modules(model).items() if name in layers}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        key = _peft_key(name, layers, model)
+        key = peft_keys(name, named, model)[0]
         A, B = layer.lora_A.detach().cpu(), layer.lora_B.detach().cpu()
         if isinstance(layer, LoRAExperts):
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
@@ -65,7 +61,7 @@ def save_adapter(model: CausalLM, directory: Path, lora: Lora, *, base: str, ove
     plan = WritePlan(tuple(TensorInfo(key, WEIGHTS, "F32", tuple(tensor.shape)) for key, tensor in tensors.items()))
     with staged_directory(directory, overwrite=overwrite, needed_bytes=plan.num_bytes) as aside:
         write_checkpoint(aside, plan, lambda info: tensors[info.name])
-        (aside / CONFIG).write_text(json.dumps(_peft_config(layers, lora, model, base), indent=2) + "\n", encoding="utf-8")
+        (aside / CONFIG).write_text(json.dumps(peft_config(named, lora, model, base=base), indent=2) + "\n", encoding="utf-8")
     return [OUT_PROJ_NOTE] if any(name.endswith(".out_proj") for name in layers) else []
 
 
@@ -81,88 +77,50 @@ def load_adapter(model: CausalLM, directory: Path) -> DropoutKeys:
 
 
 def read_adapter(directory: Path, model: CausalLM) -> Adapter:
-    """The adapter in `directory`, its shapes checked against `model` (which may be on the meta device and stays as it is)."""
-    config, tensors = _read_files(Path(directory))
-    lora = Lora(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        rslora=config.get("use_rslora", False),
-        targets=("lm_head",),
-    )
-    modules = dict(model.named_modules())
-    pairs, problems = {}, []
-    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
-        stem = key.removesuffix(".lora_A.weight")
-        name = _native_name(stem, config, model)
-        A, B = tensors.pop(key), tensors.pop(f"{stem}.lora_B.weight", None)
-        if B is None or name not in modules:
-            problems.append(f"{stem}: " + ("has no lora_B" if B is None else f"no module {name} in {model.family}"))
-            continue
-        experts = getattr(modules[name], "num_experts", None)
-        if experts:
-            A, B = A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
-        expected = (lora.rank, modules[name].in_features), (modules[name].out_features, lora.rank)
-        if (got := (tuple(A.shape[-2:]), tuple(B.shape[-2:]))) != expected:
-            problems.append(f"{name}: got A and B of {got}, expected {expected}")
-        pairs[name] = (A, B)
-    problems += [f"{key}: has no place in the model" for key in tensors]
-    if problems:
-        raise CheckpointError(f"{directory}: {len(problems)} keys do not fit {model.family}:\n  " + "\n  ".join(problems[:8]))
-    return Adapter(lora.model_copy(update={"targets": tuple(pairs)}), pairs)
+    """The adapter in `directory`, its tensors checked against its config and `model` (which may be on the meta device and stays as it is).
 
-
-def _read_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    Raises CheckpointError, MissingFileError.
+    """
+    directory = Path(directory)
     for file in (CONFIG, WEIGHTS):
         if not (directory / file).is_file():
             raise MissingFileError(f"{directory / file}: no such file; expected an adapter directory as PEFT writes it")
+    config, tensors = read_peft_config(directory / CONFIG), _read_tensors(directory / WEIGHTS)
+    named = named_modules(config, model)
+    pairs, problems = {}, [f"target_parameters: '{name}' are no experts" for name in unplaced_parameters(config, model)]
+    for name in named:
+        A, B = (_take(tensors, peft_keys(name, named, model), which) for which in ("lora_A", "lora_B"))
+        if A is None or B is None:
+            problems.append(f"{name}: {CONFIG} names it, {WEIGHTS} has no {'lora_A' if A is None else 'lora_B'} of it")
+        elif (got := (tuple(A.shape), tuple(B.shape))) != (expected := _flat_shapes(model.get_submodule(name), config.r)):
+            problems.append(f"{name}: got A and B of {got}, expected {expected}")
+        else:
+            pairs[name] = _unflattened(A, B, model.get_submodule(name))
+    problems += [f"{key}: no module that {CONFIG} names has this tensor" for key in tensors]
+    if problems or not pairs:
+        listed = "\n  ".join(problems[:8] or [f"{CONFIG} names no module of it"])
+        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{directory}: does not fit {model.family}:\n  {listed}{more}\nCheck that adapter and base belong together")
+    return Adapter(config.lora(pairs), pairs)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(directory / WEIGHTS)
+        return load_file(path)
     except (ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: cannot be read ({error}); copy the adapter again") from error
-    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise CheckpointError(f"{directory / CONFIG}: DoRA and per-module ranks are not supported yet")
-    return config, tensors
+        raise CheckpointError(f"{path}: cannot be read ({error}); copy the adapter again") from error
 
 
-def _peft_name(name: str, model: CausalLM) -> str:
-    """transformers' name of a module of ours."""
-    for theirs, ours in model.aliases.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
+def _take(tensors: dict[str, Tensor], stems: list[str], which: str) -> Tensor | None:
+    return next((tensors.pop(key) for stem in stems if (key := f"{stem}.{which}.weight") in tensors), None)
 
 
-def _peft_key(name: str, layers: dict[str, LoRALayer], model: CausalLM) -> str:
-    """PEFT's key of a module: the projections of experts share their owner's, nested when both are adapted."""
-    key = PREFIX + _peft_name(name, model)
-    if not isinstance(layers[name], LoRAExperts):
-        return key
-    owner, _, last = name.rpartition(".")
-    nested = last == "up_proj" and f"{owner}.down_proj" in layers
-    return key.rpartition(".")[0] + (".base_layer" if nested else "")
+def _flat_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of a module's A and B on disk."""
+    rows = rank * getattr(module, "num_experts", 1)
+    return (rows, module.in_features), (module.out_features, rows)
 
 
-def _native_name(stem: str, config: dict[str, Any], model: CausalLM) -> str:
-    """The inverse of `_peft_key`; `target_parameters` say which projection of the experts lies under its owner's name."""
-    name = stem.removeprefix(PREFIX)
-    if name.endswith(".experts.base_layer"):
-        name = name.removesuffix("base_layer") + "up_proj"
-    elif name.endswith(".experts"):
-        parameters = config.get("target_parameters") or []
-        name += ".down_proj" if any(f"{name}.down_proj".endswith(parameter) for parameter in parameters) else ".up_proj"
-    for theirs, ours in model.aliases.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
-
-
-def _peft_config(layers: dict[str, LoRALayer], lora: Lora, model: CausalLM, base: str) -> dict[str, Any]:
-    experts = [_peft_name(name, model) for name, layer in layers.items() if isinstance(layer, LoRAExperts)]
-    linear = [_peft_name(name, model) for name, layer in layers.items() if not isinstance(layer, LoRAExperts)]
-    return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
-        "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "use_dora": False, "fan_in_fan_out": False,
-        "lora_dropout": 0.0 if experts else lora.dropout, "target_modules": linear, "target_parameters": experts or None,
-    }  # fmt: skip
+def _unflattened(A: Tensor, B: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
+    experts = getattr(module, "num_experts", None)
+    return (A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)) if experts else (A, B)

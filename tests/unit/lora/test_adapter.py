@@ -1,0 +1,198 @@
+"""An adapter is read whole or refused: what its config names and what its file holds are the same modules."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from random_models import make
+from safetensors.torch import load_file, save_file
+
+from nemotune.errors import CheckpointError
+from nemotune.lora import apply_lora, load_adapter, lora_modules, save_adapter
+from nemotune.lora.adapter import read_adapter
+from nemotune.models import build_model, load_model, read_config
+from nemotune.recipe import Lora
+
+TARGETS = ("attention", "mlp", "experts")
+ATTENTION = [f"model.layers.2.mixer.{p}_proj" for p in "qkvo"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "hf"
+    make("hybrid").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """An adapter of rank 2 on attention, MLP and experts."""
+    save(base, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def save(base, directory, *, dtype="float32"):
+    model, lora = load_model(base, dtype=dtype), Lora(rank=2, alpha=6, targets=TARGETS)
+    apply_lora(model, lora)
+    with torch.no_grad():
+        for _, layer in lora_modules(model):
+            layer.lora_B.normal_(0, 0.2, generator=torch.Generator().manual_seed(3))
+    save_adapter(model, directory, lora, base="hf")
+    return model
+
+
+def read(adapter, base):
+    return read_adapter(adapter, build_model(read_config(base)))
+
+
+def set_config(adapter, **changes):
+    path = adapter / "adapter_config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def edit(adapter, change):
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path)
+
+
+def keep(adapter, *parts):
+    edit(adapter, lambda tensors: {name: tensor for name, tensor in tensors.items() if any(part in name for part in parts)})
+
+
+def test_what_is_read_is_what_was_saved(adapter, base):
+    got = read(adapter, base)
+    assert got.lora == Lora(rank=2, alpha=6, targets=tuple(got.pairs)) and got.scale == 3.0
+    assert len(got.pairs) == 4 + 2 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [ATTENTION, [name.replace("model.", "backbone.") for name in ATTENTION], ["q_proj", "k_proj", "v_proj", "o_proj"], r".*\.[qkvo]_proj"],
+)
+def test_modules_are_named_as_peft_names_them(adapter, base, targets):
+    keep(adapter, ".mixer.q_proj.", ".mixer.k_proj.", ".mixer.v_proj.", ".mixer.o_proj.")
+    set_config(adapter, target_modules=targets, target_parameters=None)
+    assert [name.rpartition(".")[2] for name in read(adapter, base).pairs] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize(
+    "changes, missing",
+    [
+        ({}, ["backbone.layers.2.mixer.q_proj", "backbone.layers.2.mixer.v_proj", "backbone.layers.3.mixer.up_proj"]),
+        ({"target_modules": ["q_proj", "k_proj"], "target_parameters": None}, ["backbone.layers.2.mixer.q_proj"]),
+        ({"target_modules": r"model\.layers\.2\..*(q|k)_proj", "target_parameters": None}, ["backbone.layers.2.mixer.q_proj"]),
+        ({"target_modules": "all-linear", "target_parameters": None}, ["backbone.layers.0.mixer.in_proj"]),
+        ({"target_modules": ["k_proj"]}, ["backbone.layers.1.mixer.experts.up_proj", "backbone.layers.5.mixer.experts.down_proj"]),
+        ({"target_modules": ["k_proj"], "target_parameters": ["experts.down_proj"]}, ["backbone.layers.5.mixer.experts.down_proj"]),
+    ],
+)
+def test_modules_without_tensors_are_listed(adapter, base, changes, missing):
+    keep(adapter, ".mixer.k_proj.")
+    set_config(adapter, **changes)
+    with pytest.raises(CheckpointError) as error:
+        read(adapter, base)
+    for name in missing:
+        assert f"{name}: adapter_config.json names it, adapter_model.safetensors has no lora_A of it" in str(error.value)
+    assert "k_proj" not in str(error.value)
+
+
+def test_excluded_modules_need_no_tensors(adapter, base):
+    keep(adapter, ".mixer.k_proj.")
+    set_config(adapter, target_modules=["q_proj", "k_proj"], exclude_modules=r"model\..*\.q_proj", target_parameters=None)
+    assert list(read(adapter, base).pairs) == ["backbone.layers.2.mixer.k_proj"]
+
+
+def test_tensors_that_the_config_does_not_name_are_listed(adapter, base):
+    set_config(adapter, target_modules=[name for name in ATTENTION if "q_proj" not in name])
+    with pytest.raises(CheckpointError) as error:
+        read(adapter, base)
+    assert str(error.value).count("no module that adapter_config.json names has this tensor") == 2 * (1 + 2)
+    assert "base_model.model.model.layers.2.mixer.q_proj.lora_B.weight" in str(error.value)
+
+
+def test_half_a_pair_is_named(adapter, base):
+    edit(adapter, lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith("q_proj.lora_B.weight")})
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mixer\.q_proj: .* has no lora_B of it"):
+        read(adapter, base)
+
+
+def test_rows_that_the_experts_do_not_divide_are_named(adapter, base):
+    key = "base_model.model.model.layers.1.mixer.experts.lora_A.weight"
+    edit(adapter, lambda tensors: {**tensors, key: tensors[key][:-1]})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mixer\.experts\.down_proj: got A and B of \(\(11, 24\).*expected \(\(12, 24\)"):
+        read(adapter, base)
+
+
+def test_experts_of_another_rank_are_named(adapter, base):
+    set_config(adapter, r=3, target_modules=[])
+    keep(adapter, ".experts.")
+    with pytest.raises(CheckpointError, match=r"experts\.up_proj: got A and B of \(\(12, 32\).*expected \(\(18, 32\)"):
+        read(adapter, base)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"r": ...}, "r: Field required"),
+        ({"lora_alpha": ...}, "lora_alpha: Field required"),
+        ({"r": "many"}, "r: Input should be a valid integer"),
+        ({"r": 0}, "r: Input should be greater than 0"),
+        ({"peft_type": "LOHA"}, "peft_type: Input should be 'LORA'"),
+        ({"target_modules": "(q_proj"}, r"target_modules: .*no regular expression"),
+        ({"target_parameters": ["q_proj.weight"]}, r"target_parameters: 'q_proj\.weight' are no experts"),
+        ({"target_modules": ["w1"], "target_parameters": None}, "no module that adapter_config.json names"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_told_by_its_key(adapter, base, changes, words):
+    set_config(adapter, **changes)
+    with pytest.raises(CheckpointError, match=words):
+        read(adapter, base)
+
+
+def test_an_adapter_of_nothing_is_refused(adapter, base):
+    set_config(adapter, target_modules=[], target_parameters=None)
+    keep(adapter)
+    with pytest.raises(CheckpointError, match="adapter_config.json names no module of it"):
+        read(adapter, base)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4}), ("fan_in_fan_out", True), ("bias", "lora_only"),
+        ("modules_to_save", ["lm_head"]), ("layers_to_transform", [2]), ("layers_pattern", "layers"), ("lora_bias", True), ("use_qalora", True),
+        ("layer_replication", [[0, 2]]), ("trainable_token_indices", [5]), ("alora_invocation_tokens", [1]), ("init_lora_weights", "pissa"),
+        ("a_setting_of_tomorrow", "on"),
+    ],
+)  # fmt: skip
+def test_what_would_be_computed_wrong_is_refused_by_its_key(adapter, base, key, value):
+    set_config(adapter, **{key: value})
+    with pytest.raises(CheckpointError, match=f"got {key}: .*merge this adapter with PEFT"):
+        read(adapter, base)
+
+
+def test_every_refused_key_is_told_at_once(adapter, base):
+    set_config(adapter, use_dora=True, bias="all")
+    with pytest.raises(CheckpointError, match='bias: "all".*use_dora: true|use_dora: true.*bias: "all"'):
+        read(adapter, base)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "\xff"])
+def test_a_config_that_cannot_be_read_is_named(adapter, base, damage):
+    (adapter / "adapter_config.json").write_bytes(damage.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: "):
+        read(adapter, base)
+
+
+def test_an_adapter_of_a_bf16_base_is_fp32_on_disk_and_comes_back_to_the_bit(base, tmp_path):
+    model = save(base, tmp_path / "adapter", dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
+    again = load_model(base, dtype="bfloat16")
+    load_adapter(again, tmp_path / "adapter")
+    before, after = dict(lora_modules(model)), dict(lora_modules(again))
+    assert before.keys() == after.keys()
+    for name, layer in before.items():
+        assert torch.equal(layer.lora_A, after[name].lora_A) and torch.equal(layer.lora_B, after[name].lora_B), name
