@@ -32,7 +32,7 @@ class ConflictError(NemotuneError, FileExistsError):
 
 
 class DataError(NemotuneError, ValueError):
-    """Rows that cannot be used."""
+    """Rows, or files of a run, that cannot be used."""
 
 
 class CheckpointError(NemotuneError, ValueError):

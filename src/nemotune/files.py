@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemotune.errors import ConflictError, DiskFullError
+from nemotune.errors import ConflictError, DataError, DiskFullError, MissingFileError
 
-__all__ = ["atomic_file", "disk_full_is_readable", "require_space", "staged_directory", "write_json"]
+__all__ = ["atomic_file", "disk_full_is_readable", "read_json", "require_space", "staged_directory", "write_json"]
 
 
 @contextlib.contextmanager
@@ -75,6 +75,19 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_file(path) as aside:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises MissingFileError, and DataError where it is cut off or something else; both end with `remedy`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path}: no such file; {remedy}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: cut off or not JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: got {type(value).__name__}, expected an object; {remedy}")
+    return value
 
 
 @contextlib.contextmanager

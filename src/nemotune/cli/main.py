@@ -66,11 +66,11 @@ def guarded(application: typer.Typer) -> None:
     words = sys.argv[1:]
     try:
         application([word for word in words if word != "--debug"])
-    except NemotuneError as error:
+    except (NemotuneError, OSError) as error:
         if "--debug" in words:
             traceback.print_exc()
         else:
-            _print_error(error)
+            _print_error(_words_of(error))
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == 130:
@@ -78,14 +78,22 @@ def guarded(application: typer.Typer) -> None:
         raise
 
 
-def _print_error(error: NemotuneError) -> None:
-    """The error on stderr, a line per problem, its key in bold."""
+def _words_of(error: NemotuneError | OSError) -> str:
+    """What to print: our own words, or the system's about the file that it named."""
+    if isinstance(error, NemotuneError):
+        return str(error)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}; check the path and who may use it" if error.filename else f"{reason}; --debug shows where"
+
+
+def _print_error(message: str) -> None:
+    """The message on stderr, a line per problem, its key in bold."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(Text("Error", style="bold red"))
-    for line in str(error).splitlines():
+    for line in message.splitlines():
         text = Text(f"  {line}")
         text.highlight_regex(r"^  [\w.\[\]/-]+(?=:)", "bold")
         console.print(text)

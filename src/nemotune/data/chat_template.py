@@ -94,7 +94,10 @@ def _builtin(name: str) -> str:
 def _read(path: Path) -> str:
     if not path.is_file():
         raise MissingFileError(f"data.template: got '{path}', expected model, none, chatml or the path of a Jinja file that exists")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.template: {path} is not UTF-8 text (byte {error.start}), expected a Jinja file") from error
 
 
 def _compile(source: str, name: str) -> None:

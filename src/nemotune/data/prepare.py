@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from nemotune.data.spool import Spool, spool
 from nemotune.data.template import Renderer
 from nemotune.data.tokenise import tokenise
 from nemotune.errors import ConflictError, DataError, MissingFileError
-from nemotune.files import staged_directory, write_json
+from nemotune.files import read_json, staged_directory, write_json
 from nemotune.recipe.schema import Recipe, Source
 
 VERSION = 1  # of the prepared form: raise it when the same rows and settings come out differently
@@ -51,10 +52,10 @@ class Prepared:
 
     @classmethod
     def load(cls, directory: Path) -> Prepared:
-        """The data that `prepare` left in `directory`. Raises MissingFileError, and DataError for a shard that cannot be read."""
+        """The data that `prepare` left in `directory`. Raises MissingFileError, and DataError for a file that is not whole."""
         if not (directory / "stats.json").is_file():
             raise MissingFileError(f"{directory}: no prepared data there; run `nemotune data` first")
-        stats = json.loads((directory / "stats.json").read_text(encoding="utf-8"))
+        stats = read_stats(directory)
         splits = {name: Split(directory, name) if name in stats["splits"] else None for name in NAMES.values()}
         return cls(**splits, stats=stats)  # type: ignore[arg-type]
 
@@ -82,15 +83,37 @@ def prepare(
             settings = data_settings(recipe)
             fingerprint = _fingerprint(settings, spools, renderer)
             _refuse_conflict(out_dir, fingerprint, settings, overwrite)
-            cached = (cache_dir / fingerprint).is_dir()
+            cached = _is_whole(cache_dir / fingerprint)
             if not cached:
                 stats = _write_splits(recipe, renderer, spools, work, num_workers)
-                head = {"fingerprint": fingerprint, "settings": settings, "template": renderer.template_name}
-                write_json(work / "stats.json", head | stats)
+        if not cached:
+            head = {"fingerprint": fingerprint, "settings": settings, "template": renderer.template_name}
+            write_json(work / "stats.json", head | stats | {"bytes": {file.name: file.stat().st_size for file in sorted(work.iterdir())}})
         with staged_directory(out_dir, overwrite=True) as aside:
             link_files(cache_dir / fingerprint if cached else work, aside)
         publish(work, cache_dir / fingerprint)  # last: by now the files are on the disk, and not just in its cache
     return Prepared.load(out_dir)
+
+
+def read_stats(directory: Path) -> dict[str, Any]:
+    """stats.json, with the files beside it as long as it says. Raises MissingFileError, DataError."""
+    remedy = "prepare it again with `nemotune data RUN --overwrite`"
+    stats = read_json(directory / "stats.json", remedy=remedy)
+    for name, size in stats.get("bytes", {"stats.json": None}).items():
+        got = (directory / name).stat().st_size if (directory / name).is_file() else 0
+        if got != size:
+            raise DataError(f"{directory / name}: unreadable (it has {got} bytes and was written with {size}); {remedy}")
+    return stats
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether `directory` of the cache can be used; one that cannot is removed."""
+    try:
+        read_stats(directory)
+    except (MissingFileError, DataError):
+        shutil.rmtree(directory, ignore_errors=True)
+        return False
+    return True
 
 
 def data_settings(recipe: Recipe) -> dict[str, Any]:
@@ -175,7 +198,7 @@ def _refuse_empty(stats: dict[str, dict[str, Any]], spools: dict[str, Spool], *,
 def _refuse_conflict(out_dir: Path, fingerprint: str, settings: dict[str, Any], overwrite: bool) -> None:
     if overwrite or not (out_dir / "stats.json").is_file():
         return
-    before = json.loads((out_dir / "stats.json").read_text(encoding="utf-8"))
+    before = read_stats(out_dir)
     if before["fingerprint"] != fingerprint:
         changed = [f"data.{key}" if key != "seed" else "train.seed" for key in settings if settings[key] != before["settings"].get(key)]
         what = ", ".join(changed) or "the rows, the template or the tokenizer"

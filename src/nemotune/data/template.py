@@ -71,11 +71,16 @@ class Renderer:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the tokenizer's end of text, and whatever the template ends a turn with."""
+        """Tokens that end an answer: the tokenizer's end of text, and whatever the template ends a turn with. Raises DataError."""
         stops = {self.tokenizer.eos_token_id} - {None}
         if self._turns:
             probe = Example(messages=({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}))
-            turn = self._turns.turn(probe, 1)
+            try:
+                turn = self._turns.turn(probe, 1)
+            except RowError as error:
+                raise DataError(
+                    f"data.template: {self.template_name}, asked for a greeting and its answer: {error}; choose another"
+                ) from error
             stops.add(turn.tokens[turn.end - 1])
         return frozenset(stops)
 

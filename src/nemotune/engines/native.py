@@ -5,14 +5,15 @@ LoRA leaves `adapter/`, full tuning and pretraining leave `model/`, each with th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerFast
 
 from nemotune.data.prepare import Prepared
 from nemotune.data.template import Renderer
-from nemotune.files import staged_directory, write_json
+from nemotune.files import read_json, staged_directory, write_json
 from nemotune.lora import apply_lora, coverage, save_adapter
 from nemotune.models import CausalLM, load_model, load_tokenizer, locate, read_config, save_model
 from nemotune.recipe import Recipe
@@ -24,6 +25,7 @@ GENERATION_FILE = "generation_config.json"
 
 def train(recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, console: Console) -> TrainResult:
     """Train as `recipe` says and save the outcome in `run_dir`."""
+    tokenizer, settings = conversation(recipe)  # first: what is wrong with them is told before the training, not after it
     device = default_device()
     base = recipe.model
     model = load_model(
@@ -38,7 +40,8 @@ def train(recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, co
     with staged_directory(run_dir / trained_name(recipe), overwrite=True) as aside:
         for note in save_trained(model, recipe, aside):
             console.print(f"[yellow]{note}")
-        save_conversation(recipe, aside)
+        tokenizer.save_pretrained(aside)
+        write_json(aside / GENERATION_FILE, settings)
     return result
 
 
@@ -55,17 +58,16 @@ def save_trained(model: CausalLM, recipe: Recipe, directory: Path) -> list[str]:
     return save_adapter(model, directory, recipe.lora, base=recipe.model.path, overwrite=True)
 
 
-def save_conversation(recipe: Recipe, directory: Path) -> None:
-    """Put beside the weights what it takes to talk to them as they were trained: tokenizer, template, and every token that ends an answer."""
+def conversation(recipe: Recipe) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+    """What it takes to talk to the model as it is trained: tokenizer and template, and settings with every token that ends an answer."""
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     renderer = Renderer(tokenizer, template=recipe.data.template, thinking=recipe.data.thinking)
     tokenizer.chat_template = renderer.chat_template or tokenizer.chat_template
-    tokenizer.save_pretrained(directory)
     base = locate(recipe.model.path, recipe.model.revision, weights=False)
     stops = sorted({*read_config(base).eos_token_id, *renderer.stop_ids})
-    settings = base / GENERATION_FILE
-    before = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    write_json(directory / GENERATION_FILE, {**before, "eos_token_id": stops})
+    path = base / GENERATION_FILE
+    settings = read_json(path, remedy="mend it, or delete it: config.json names the token that ends a text too") if path.is_file() else {}
+    return tokenizer, {**settings, "eos_token_id": stops}
 
 
 def default_device() -> str:

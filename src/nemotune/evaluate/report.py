@@ -5,7 +5,6 @@ Reads the run directory only, and says so where a part is not there. The page is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from nemotune.evaluate.compare import judged_by, summarize
 from nemotune.evaluate.rows import Row, read_rows
 from nemotune.evaluate.samples import choose_samples
 from nemotune.evaluate.table import UNBOUNDED, direction, number
-from nemotune.files import atomic_file
+from nemotune.files import atomic_file, read_json
 from nemotune.train.metrics import read_metrics
 
 __all__ = ["write_report"]
@@ -38,6 +37,7 @@ MEANINGS = {
     "loss": "mean over every supervised token of the held-out rows; lower is better",
     "perplexity": "exp(loss); lower is better",
 }
+EVALUATE_AGAIN = "evaluate again with `nemotune eval RUN --overwrite`"
 LEFT = {
     "adapter": "the adapter, in PEFT's format",
     "model": "the trained model, a Hugging Face directory",
@@ -62,11 +62,11 @@ class Interval:
 
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` and return its path. Raises MissingFileError where `run_dir` holds no run."""
-    record = _read_json(run_dir / "recipe.json")
-    if record is None:
+    record = _read_json(run_dir / "recipe.json", remedy="put back a copy, or run again with --overwrite")
+    if record is None or not isinstance(record.get("recipe"), dict):
         raise MissingFileError(f"{run_dir}: holds no recipe.json, expected the directory of a run; `nemotune run` makes one")
     metrics = read_metrics(run_dir)
-    comparison = _read_json(run_dir / "eval" / "compare.json")
+    comparison = _read_json(run_dir / "eval" / "compare.json", remedy=EVALUATE_AGAIN)
     tuned = _read_rows(run_dir / "eval" / "tuned.jsonl")
     base = _read_rows(run_dir / "eval" / "base.jsonl") if comparison else []
     page = _environment().get_template("report.html.jinja")
@@ -74,8 +74,8 @@ def write_report(run_dir: Path) -> Path:
         record=record, recipe=record["recipe"], recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True),
         comparison=comparison, intervals=_intervals(comparison), summary=summarize(tuned), kinds=choose_samples(base, tuned),
         loss_chart=_loss_chart(metrics), detail_charts=_detail_charts(metrics), last=_last(metrics, "train"), warnings=_warnings(metrics),
-        stats=_read_json(run_dir / "data" / "stats.json"), coverage=_read_json(run_dir / "coverage.json"),
-        environment=_read_json(run_dir / "environment.json"), left=_left(run_dir),
+        stats=_read_json(run_dir / "data" / "stats.json", remedy="prepare it again with `nemotune data RUN --overwrite`"),
+        coverage=_read_json(run_dir / "coverage.json"), environment=_read_json(run_dir / "environment.json"), left=_left(run_dir),
     )  # fmt: skip
     with atomic_file(run_dir / "report.html") as aside:
         aside.write_text(text, encoding="utf-8")
@@ -91,8 +91,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _read_json(path: Path, *, remedy: str = "delete it: the report does without") -> dict[str, Any] | None:
+    return read_json(path, remedy=remedy) if path.is_file() else None
 
 
 def _read_rows(path: Path) -> list[Row]:

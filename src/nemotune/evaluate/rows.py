@@ -78,11 +78,11 @@ def read_rows(path: Path) -> list[Row]:
     """What `write_rows` wrote. Raises MissingFileError, DataError with the line that is not a row."""
     if not path.is_file():
         raise MissingFileError(f"{path}: not there; `nemotune eval` writes it")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         return [_parse(line, number=number, path=path) for number, line in enumerate(file, start=1)]
 
 
-def _parse(line: str, *, number: int, path: Path) -> Row:
+def _parse(line: bytes, *, number: int, path: Path) -> Row:
     try:
         return Row(**json.loads(line))
     except (ValueError, TypeError) as error:

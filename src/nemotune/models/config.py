@@ -130,6 +130,8 @@ def read_config(directory: Path) -> NemotronHConfig | LlamaConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: got {type(raw).__name__}, expected an object as transformers writes it")
     return parse_config(raw, path)
 
 

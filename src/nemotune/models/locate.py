@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotune import assets
-from nemotune.errors import MissingFileError
+from nemotune.errors import CheckpointError, MissingFileError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,13 +36,19 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """The fast tokenizer at `path`, with its chat template where it has one. Raises MissingFileError."""
+    """The fast tokenizer at `path`, with its chat template where it has one. Raises MissingFileError, CheckpointError."""
     from transformers import PreTrainedTokenizerFast
 
     directory = locate(path, revision, weights=False)
     if not (directory / "tokenizer.json").is_file():
         raise MissingFileError(f"{directory}: no tokenizer.json; copy the tokenizer's files beside the weights")
-    return PreTrainedTokenizerFast.from_pretrained(directory)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # tokenizers raises nothing more special
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{directory}: its tokenizer cannot be read ({reason}); copy tokenizer.json and tokenizer_config.json again"
+        ) from error
 
 
 def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemotune.errors import ConflictError
-from nemotune.files import write_json
+from nemotune.errors import ConflictError, DataError
+from nemotune.files import read_json, write_json
 from nemotune.plan import environment
 from nemotune.recipe import Recipe, dump
 
@@ -61,8 +60,13 @@ def record(recipe: Recipe, run_dir: Path, *, fingerprint: str) -> None:
     write_json(run_dir / "environment.json", environment.describe())
 
 
-def require_same_model(recipe: Recipe, run_dir: Path) -> None:
-    """Raise ConflictError where `recipe` means another model or other rows than the run in `run_dir` was trained with."""
+def require_same_model(recipe: Recipe, run_dir: Path, *, fingerprint: str | None = None) -> None:
+    """Raise ConflictError where `recipe`, or prepared data of `fingerprint`, mean another model or other rows than the run was trained with."""
+    if fingerprint not in (None, _record(run_dir)["data_fingerprint"]):
+        raise ConflictError(
+            f"{run_dir / 'data'}: prepared anew since the model was trained, maybe with test rows that it was trained on; "
+            f"`nemotune data {run_dir} --overwrite` prepares those of the run again"
+        )
     if problems := _differences(recipe, run_dir, only=OF_THE_MODEL):
         raise ConflictError(
             "\n".join([*problems, f"{run_dir}: name the run's directory in place of the recipe, which recalls its own settings"])
@@ -80,7 +84,11 @@ def discard(run_dir: Path, names: tuple[str, ...] = TRAINED) -> None:
 
 
 def _record(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "recipe.json").read_text(encoding="utf-8"))
+    path, remedy = run_dir / "recipe.json", "without it nothing says what this run is: put back a copy, or start anew with --overwrite"
+    found = read_json(path, remedy=remedy)
+    if not isinstance(found.get("recipe"), dict) or "data_fingerprint" not in found:
+        raise DataError(f"{path}: got the keys {', '.join(found)}, expected recipe and data_fingerprint; {remedy}")
+    return found
 
 
 def _differences(recipe: Recipe, run_dir: Path, *, ignore: tuple[str, ...] = (), only: tuple[str, ...] = ("",)) -> list[str]:

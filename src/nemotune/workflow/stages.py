@@ -84,7 +84,7 @@ def evaluate(recipe: Recipe, *, run_dir: Path, overwrite: bool, dry_run: bool, c
     if not trained.is_dir():
         raise MissingFileError(f"{trained}: nothing trained yet; `nemotune train` comes first")
     prepared = _prepared(run_dir)
-    require_same_model(recipe, run_dir)
+    require_same_model(recipe, run_dir, fingerprint=prepared.fingerprint)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     baseline = recipe.evaluate.baseline and recipe.model.weights == "pretrained"
     with staged_directory(eval_dir, overwrite=True) as aside:

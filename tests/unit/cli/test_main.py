@@ -101,6 +101,13 @@ def test_debug_shows_where_an_error_came_from(command: Command) -> None:
         assert done.returncode == 2 and "Traceback" in done.stderr and "quikstart" in done.stderr
 
 
+def test_what_the_system_refuses_is_one_readable_block_too(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    done = command("data", "quickstart", "data.max_samples=5", "--run-dir", "taken/run")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[1] == "  taken/run: Not a directory; check the path and who may use it"
+
+
 def test_interrupt_exits_130_with_one_line() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(nemotune.__file__).parent.parent)!r})\n"
