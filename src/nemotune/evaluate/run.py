@@ -42,7 +42,7 @@ def run(model: CausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, pre
     held_out = hold_out(_split(prepared), max_samples=recipe.evaluate.max_samples, seed=recipe.train.seed)
     # train_on: all would make the question part of the answer
     renderer = Renderer(tokenizer, template=data.template, thinking=data.thinking, train_on="assistant")
-    candidate = Candidate(model, renderer, label=label)
+    candidate = Candidate(model, renderer, label=label, max_new_tokens=recipe.evaluate.max_new_tokens)
     rows = [row for task in recipe.evaluate.tasks for row in TASKS[task](candidate, held_out)]
     (out_dir / "compare.json").unlink(missing_ok=True)  # it speaks of rows that are about to be replaced
     write_rows(out_dir / f"{label}.jsonl", rows)

@@ -172,6 +172,7 @@ class Evaluate(Section):
 
     tasks: tuple[Task, ...] = ("perplexity",)
     max_samples: PositiveInt | None = 200
+    max_new_tokens: Annotated[int, Field(ge=1, le=131072)] | None = None  # null: each task's own limit
     baseline: bool = True
     backend: Literal["native", "nemo_evaluator"] = "native"
 

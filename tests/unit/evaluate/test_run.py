@@ -12,7 +12,7 @@ from toy_run import TINY, chat_rows
 
 from nemotune.data.prepare import prepare
 from nemotune.errors import DataError
-from nemotune.evaluate import compare_files, run
+from nemotune.evaluate import candidate, compare_files, run
 from nemotune.evaluate.rows import hold_out, read_rows
 from nemotune.models import load_tokenizer
 from nemotune.recipe import load
@@ -56,6 +56,20 @@ def test_held_out_rows_are_a_seeded_sample_of_the_split(tmp_path):
     assert numbers[0] == numbers[1] != numbers[2]
     assert len(everything.examples) == 18 and numbers[0] == sorted(numbers[0])
     assert {document.row for document in few.documents} == set(numbers[0])
+
+
+@pytest.mark.parametrize(("setting", "limits"), [("null", [256]), ("7", [7])])
+def test_answers_are_as_long_as_the_recipe_says_or_the_task(tmp_path, monkeypatch, setting, limits):
+    recipe, tokenizer, prepared = prepared_run(tmp_path, "evaluate.tasks=[tool_calls]", f"evaluate.max_new_tokens={setting}")
+    asked = []
+
+    def generate(model, prompts, *, max_new_tokens, **_):
+        asked.append(max_new_tokens)
+        return [[tokenizer.eos_token_id]] * len(prompts)
+
+    monkeypatch.setattr(candidate, "generate", generate)
+    run(ToyModel(vocab_size=len(tokenizer)), tokenizer, recipe, prepared, label="tuned", out_dir=tmp_path / "eval")
+    assert asked == limits
 
 
 def test_a_new_evaluation_removes_the_comparison_of_the_old_one(tmp_path):

@@ -136,6 +136,9 @@ def test_unknown_key_like_no_other_lists_what_is_known() -> None:
         ("export=3", "export: got 3, expected a mapping with adapter, merged, gguf"),
         ("model=null", f"model: got null, expected a mapping with {', '.join(Model.model_fields)}"),
         ("model.path=null", "model.path: got null, expected text"),
+        ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens: got 0, expected a whole number from 1 to 131072 or null"),
+        ("evaluate.max_new_tokens=1e9", "evaluate.max_new_tokens: got 1000000000.0, expected a whole number from 1 to 131072 or null"),
+        ("evaluate.max_new_tokens=long", "evaluate.max_new_tokens: got 'long', expected a whole number from 1 to 131072 or null"),
         (
             "evaluate.tasks=[chess]",
             "evaluate.tasks[0]: got 'chess', expected multiple_choice, tool_calls, span_qa, perplexity or semantic_similarity",
