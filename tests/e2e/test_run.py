@@ -24,6 +24,7 @@ def test_merged_model_answers_in_transformers_as_it_does_here(nemotune, recipe_f
     """Greedy tokens, stop tokens included: with the tokenizer, template and generation settings of the merged directory alone."""
     result = nemotune("run", recipe_file, "export.merged=true", "train.max_steps=40", "train.learning_rate=3e-2")
     assert result.returncode == 0, result.stdout
+    assert "updated tensors are base + adapter" in result.stdout
     merged = tmp_path / "runs" / "trial" / "export" / "merged"
     prepared = Prepared.load(tmp_path / "runs" / "trial" / "data")
     renderer = Renderer(load_tokenizer(merged), template="model", thinking=False)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from random_models import make, relative, with_our_dt_limits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nemotune.errors import CheckpointError, ConflictError
-from nemotune.export.merge import merge
+from nemotune.errors import CheckpointError, ConflictError, UnsupportedError
+from nemotune.export import merge as merging
+from nemotune.export.merge import merge, plan_merge
 from nemotune.lora import apply_lora, lora_modules, save_adapter
+from nemotune.lora.adapter import Adapter
 from nemotune.models import load_model
 from nemotune.recipe import Lora
+from nemotune.weights import WritePlan, write_checkpoint
 
 TOKENS = torch.randint(0, 96, (29,), generator=torch.Generator().manual_seed(1))
 BORDERS = torch.tensor([0, 29], dtype=torch.int32)
@@ -43,7 +46,8 @@ def test_merged_logits_equal_adapter_logits(variant, lora, tmp_path):
 
 def test_untouched_tensors_and_shards_keep_their_bytes(tmp_path):
     with_adapter(tmp_path, "hybrid", Lora(rank=4, alpha=8, targets=("attention", "experts")), dtype="bfloat16")
-    plan = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    plan = plan_merge(tmp_path / "base", tmp_path / "adapter")
     files = {path.name for path in (tmp_path / "base").glob("*.safetensors")}
     assert files == {path.name for path in (tmp_path / "merged").glob("*.safetensors")} and len(files) > 1
     changed = 0
@@ -73,8 +77,6 @@ def test_a_wrong_shaped_adapter_is_named_and_leaves_nothing(tmp_path):
     with_adapter(tmp_path, "llama", Lora(rank=4))
     make("llama_plain_rope").save_pretrained(tmp_path / "other")
     shard = tmp_path / "adapter" / "adapter_model.safetensors"
-    from safetensors.torch import save_file
-
     tensors = load_file(shard)
     key = next(key for key in tensors if key.endswith("layers.1.self_attn.q_proj.lora_A.weight"))
     tensors[key] = tensors[key][:, :-1].contiguous()
@@ -82,3 +84,78 @@ def test_a_wrong_shaped_adapter_is_named_and_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj.*expected"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not list(tmp_path.glob("*merged*"))
+
+
+def test_an_update_is_computed_in_fp32_and_rounded_once(tmp_path):
+    with_adapter(tmp_path, "hybrid", ALL, dtype="bfloat16")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    plan = plan_merge(tmp_path / "base", tmp_path / "adapter")
+    rounded_twice = 0
+    for name, (module, expert) in plan.updates.items():
+        weight, (A, B) = plan.base.read(name), (t if expert is None else t[expert] for t in plan.adapter.pairs[module])
+        delta, got = 2.0 * B @ A, load_file(tmp_path / "merged" / plan.base.tensors[name].file)[name]
+        assert torch.equal(got, (weight.float() + delta).bfloat16()), name
+        rounded_twice += int((got != weight + delta.bfloat16()).sum())
+    assert rounded_twice > 100, "weights that bf16 arithmetic would change"
+
+
+def test_an_adapter_on_a_tied_head_is_refused(tmp_path):
+    with_adapter(tmp_path, "llama_tied", Lora(rank=4, targets=("lm_head", "q_proj")))
+    with pytest.raises(UnsupportedError, match="lm_head is tied to the embeddings"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_a_merge_says_what_it_read_back(tmp_path):
+    with_adapter(tmp_path, "hybrid", Lora(rank=4, targets=("attention", "mlp")), dtype="bfloat16")
+    verified = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    everything = plan_merge(tmp_path / "base", tmp_path / "adapter").write.tensors
+    assert verified.updated == 4 + 2 and verified.untouched == len(everything) - 6
+
+
+def test_what_is_read_back_is_a_bounded_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "SAMPLED_TENSORS", 3)
+    monkeypatch.setattr(merging, "SAMPLED_ROWS", 5)
+    with_adapter(tmp_path, "hybrid", Lora(rank=4))
+    assert merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged") == merging.Verified(updated=3, untouched=3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda delta: -delta, lambda delta: delta * 1.02, lambda delta: delta * 0, lambda delta: delta.roll(1, 0)]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_wrong_update_is_never_called_done(tmp_path, monkeypatch, wrong, dtype):
+    with_adapter(tmp_path, "hybrid", ALL, dtype=dtype)
+    right = Adapter.delta
+    monkeypatch.setattr(Adapter, "delta", lambda self, *which: wrong(right(self, *which)))
+    with pytest.raises(CheckpointError, match=r"are not base \+ adapter.*mixer"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))
+
+
+@pytest.mark.parametrize("touched", ["backbone.norm_f.weight", "backbone.layers.2.mixer.q_proj.weight"])
+def test_a_byte_that_changed_on_its_way_is_never_called_done(tmp_path, monkeypatch, touched):
+    with_adapter(tmp_path, "hybrid", Lora(rank=4, targets=("attention",)))
+
+    def write(directory, plan, read, done):
+        write_checkpoint(directory, plan, read, done=done)
+        file = next(info.file for info in plan.tensors if info.name == touched)
+        tensors = load_file(directory / file)
+        tensors[touched].view(torch.uint8).flatten()[-1] ^= 4
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(merging, "write_checkpoint", write)
+    with pytest.raises(CheckpointError, match=touched.replace(".", r"\.")):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_another_set_of_tensors_is_never_called_done(tmp_path, monkeypatch):
+    with_adapter(tmp_path, "llama", Lora(rank=4))
+
+    def write(directory, plan, read, done):
+        write_checkpoint(directory, WritePlan(plan.tensors[:-1]), read, done=done)
+
+    monkeypatch.setattr(merging, "write_checkpoint", write)
+    with pytest.raises(CheckpointError, match="names, shapes and dtypes"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")

@@ -1,25 +1,29 @@
 """Base + adapter -> Hugging Face directory, shard by shard: the source's names, dtypes, shards and side files.
 
 Planned and checked from headers before a byte is written. An adapted tensor is read, updated in fp32 and rounded once to its own
-dtype; every other tensor's bytes are the source's. Memory is a few tensors, whatever the model's size.
+dtype; every other tensor's bytes are the source's. Before the directory takes its name, a sample of it is read back and compared with
+what it should be, computed anew in fp64. Memory is a few tensors, whatever the model's size.
 """
 
 from __future__ import annotations
 
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from nemotune.errors import UnsupportedError
+from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.files import staged_directory
 from nemotune.lora.adapter import Adapter, read_adapter
 from nemotune.models.config import read_config
 from nemotune.models.loading import build_model, check_weights, copy_side_files, disk_pieces
 from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
 
+SAMPLED_TENSORS, SAMPLED_ROWS = 64, 256  # so many updated ones, as many untouched ones; rows of each updated one
 TRAINED_WITH = ("chat_template.jinja", "generation_config.json")  # the adapter's own win over the base's: it was trained with them
 
 
@@ -31,6 +35,14 @@ class MergePlan:
     adapter: Adapter
     write: WritePlan
     updates: dict[str, tuple[str, int | None]]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """How many tensors were read back and found right."""
+
+    updated: int
+    untouched: int
 
 
 def plan_merge(base_dir: Path, adapter_dir: Path) -> MergePlan:
@@ -53,8 +65,8 @@ def plan_merge(base_dir: Path, adapter_dir: Path) -> MergePlan:
 
 def merge(
     base_dir: Path, adapter_dir: Path, target: Path, *, overwrite: bool = False, done: Callable[[int], None] = lambda _: None
-) -> MergePlan:
-    """Write the merged model to `target`; `done` is told the bytes of each tensor written. `target` is absent or whole."""
+) -> Verified:
+    """Write the merged model to `target`; `done` is told the bytes of each tensor written. `target` is absent, or whole and verified."""
     plan = plan_merge(base_dir, adapter_dir)
 
     def read(info: TensorInfo) -> Tensor:
@@ -66,8 +78,48 @@ def merge(
 
     with staged_directory(target, overwrite=overwrite, needed_bytes=plan.write.num_bytes) as aside:
         write_checkpoint(aside, plan.write, read, done=done)
+        verified = verify(aside, plan, target=target)
         copy_side_files(base_dir, aside)
         for name in TRAINED_WITH:
             if (adapter_dir / name).is_file():
                 shutil.copyfile(adapter_dir / name, aside / name)
-    return plan
+    return verified
+
+
+def verify(directory: Path, plan: MergePlan, *, target: Path) -> Verified:
+    """Read a sample of the tensors in `directory` back, which is to become `target`. Raises CheckpointError where one is not as planned."""
+    written = Checkpoint(directory)
+    if written.tensors != plan.base.tensors:
+        raise CheckpointError(f"{target}: names, shapes and dtypes as written are not the base's; nothing was kept. Merge again")
+    updated, untouched = _sample(plan.updates), _sample(name for name in plan.base.tensors if name not in plan.updates)
+    wrong = [name for name in updated if not _is_updated(written.read(name), name, plan)]
+    wrong += [name for name in untouched if not torch.equal(_bytes(written.read(name)), _bytes(plan.base.read(name)))]
+    if wrong:
+        raise CheckpointError(
+            f"{target}: {len(wrong)} of {len(updated) + len(untouched)} tensors read back are not base + adapter, first {wrong[0]}; "
+            "nothing was kept. Merge again; if it repeats, disk or memory is at fault"
+        )
+    return Verified(len(updated), len(untouched))
+
+
+def _sample(names: Iterable[str]) -> list[str]:
+    ordered = sorted(names)
+    return random.Random(0).sample(ordered, min(SAMPLED_TENSORS, len(ordered)))
+
+
+def _is_updated(written: Tensor, name: str, plan: MergePlan) -> bool:
+    """Whether rows of `written` are base + adapter, rounded to its dtype once."""
+    module, expert = plan.updates[name]
+    rows = slice(None, None, max(1, len(written) // SAMPLED_ROWS))
+    A, B = (t.double() if expert is None else t[expert].double() for t in plan.adapter.pairs[module])
+    base = plan.base.read(name)[rows].double()
+    exact = base + plan.adapter.scale * (B[rows] @ A)
+    summed = base.abs() + plan.adapter.scale * (B[rows].abs() @ A.abs())
+    kind = torch.finfo(written.dtype)
+    # half a unit in the last place of the dtype, and what fp32 sums of rank terms lose
+    allowed = 0.501 * kind.eps * exact.abs().clamp(min=kind.tiny) + (4 + plan.adapter.lora.rank) * torch.finfo(torch.float32).eps * summed
+    return bool(((written[rows].double() - exact).abs() <= allowed).all())
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -126,8 +126,9 @@ def merge(recipe: Recipe, *, run_dir: Path, output: Path | None, overwrite: bool
         console.print(f"would write {target}: {size}")
         return
     with progress("merging", total=planned.write.num_bytes) as advance:
-        merge_files(base, adapter, target, overwrite=overwrite, done=advance)
+        verified = merge_files(base, adapter, target, overwrite=overwrite, done=advance)
     console.print(f"merged: {size}")
+    console.print(f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")
     _wrote(console, target, then=f"vllm serve {target}")
 
 
