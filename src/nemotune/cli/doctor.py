@@ -1,34 +1,65 @@
-"""`nemotune doctor`: the machine and the installed packages, as a run will find them."""
+"""`nemotune doctor`: the machine and the installed packages, as a run will find them; and a model directory, if one is named."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from nemotune.plan.model_directory import Check
+
 app = typer.Typer(add_completion=False)
+COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON, to paste into a bug report.")] = False) -> None:
-    """Show the machine and packages, and what is missing."""
+def doctor(
+    model_dir: Annotated[str | None, typer.Argument(metavar="MODEL_DIR", help="A model directory to check as well.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, to paste into a bug report.")] = False,
+) -> None:
+    """Show machine and packages, and what is missing; check a model."""
     import json
 
     from nemotune.plan import environment
+    from nemotune.plan.model_directory import check_model
 
+    checks = check_model(model_dir) if model_dir else []
     found = environment.describe()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
+        typer.echo(json.dumps(found | ({"model": [asdict(check) for check in checks]} if model_dir else {}), indent=2))
+    else:
+        _print(found, checks, model_dir)
+    if _errors(checks):
+        raise typer.Exit(2)
+
+
+def _errors(checks: list[Check]) -> list[Check]:
+    return [check for check in checks if check.status == "error"]
+
+
+def _print(found: dict[str, Any], checks: list[Check], model_dir: str | None) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from nemotune.plan import environment
 
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     for name, value in environment.rows(found):
         table.add_row(f"[bold]{name}[/]", value)
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     for note in environment.notes(found):
-        console.print(f"[yellow]note[/] {note}", soft_wrap=True)
-    console.print("Next: nemotune run quickstart")
+        console.print(f"[yellow]note[/] {note}")
+    for check in checks:
+        status = Text(f"{check.status:<8} ", COLOURS[check.status])
+        console.print(status.append(f"{check.name:<12} ", "bold").append(check.message.replace("\n", "\n" + 22 * " "), "default"))
+    if _errors(checks):
+        console.print(f"Next: mend what is marked error, then nemotune doctor {model_dir}", markup=False)
+    else:
+        console.print(
+            f"Next: nemotune plan quickstart model.path={model_dir}" if model_dir else "Next: nemotune run quickstart", markup=False
+        )

@@ -1,0 +1,176 @@
+"""Whether a model directory can be tuned and talked to: what `nemotune doctor DIR` tells, one line a check.
+
+Tensors are known by their shards' headers; none is loaded. Whether they fit in memory is another question (`cost.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nemotune import assets
+from nemotune.data.example import Example, RowError
+from nemotune.data.template import Renderer
+from nemotune.errors import DataError, MissingFileError, NemotuneError
+from nemotune.files import read_json
+from nemotune.models import LlamaConfig, NemotronHConfig, build_model, load_tokenizer, read_config
+from nemotune.models.loading import check_weights
+from nemotune.weights import Checkpoint
+from nemotune.weights.dtypes import TORCH_DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["Check", "check_model"]
+
+Config = NemotronHConfig | LlamaConfig
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "Where"}}, "required": ["city"]}
+TOOL = {"type": "function", "function": {"name": "get_weather", "description": "The weather of a city", "parameters": PARAMETERS}}
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+PLAIN = Example(messages=({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning."}))
+WITH_TOOLS = Example(
+    messages=(
+        {"role": "user", "content": "How is the weather in Oslo?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "It rains."},
+    ),
+    tools=(TOOL,),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found, and for a warning or an error what to do about it."""
+
+    name: str
+    status: Literal["ok", "warning", "error"]
+    message: str
+
+
+def check_model(path: str) -> list[Check]:
+    """Every check of the model in directory `path`, or built in; one that needs a part that is broken is left out. Raises MissingFileError."""
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        builtin = assets.resolve(path)
+        if builtin is None:
+            raise MissingFileError(f"MODEL_DIR: {path} is no directory, expected one with config.json, *.safetensors and tokenizer.json")
+        directory = builtin
+    return list(_checks(directory))
+
+
+def _checks(directory: Path) -> Iterator[Check]:
+    config = tokenizer = renderer = None
+    try:
+        config = read_config(directory)
+        yield Check("config", "ok", f"{config.raw['model_type']}, {config.num_layers} layers, vocabulary of {config.vocab_size:,}")
+    except NemotuneError as error:
+        yield Check("config", "error", str(error))
+    if config:
+        yield _weights(directory, config)
+    try:
+        tokenizer = load_tokenizer(directory)
+        yield _tokenizer(tokenizer, config)
+    except NemotuneError as error:
+        yield Check("tokenizer", "error", str(error))
+    if tokenizer:
+        try:
+            renderer = Renderer(tokenizer)
+            yield _template(renderer)
+        except DataError as error:
+            yield Check("template", "warning", str(error))
+    if tokenizer and config:
+        yield from _stops(directory, renderer or Renderer(tokenizer, template="none"), config)
+
+
+def _weights(directory: Path, config: Config) -> Check:
+    """Names, shapes and dtypes from the headers."""
+    model = build_model(config)
+    try:
+        model.source = checkpoint = Checkpoint(directory)
+        check_weights(model, checkpoint)
+    except NemotuneError as error:
+        return Check("weights", "error", str(error))
+    dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
+    coarse = [name for name in dtypes if not _is_trainable(name)]
+    if coarse:
+        return Check("weights", "error", f"stored as {', '.join(coarse)}: quantised checkpoints cannot be tuned; use the BF16 release")
+    files = len({info.file for info in checkpoint.tensors.values()})
+    count = f"{len(checkpoint.tensors):,} tensors in {files} file{'s' * (files > 1)}"
+    return Check("weights", "ok", f"{count}, {checkpoint.num_bytes / 1e9:.2f} GB, {', '.join(dtypes)}")
+
+
+def _is_trainable(dtype: str) -> bool:
+    kind = TORCH_DTYPES.get(dtype)
+    return kind is not None and kind.is_floating_point and kind.itemsize >= 2
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerFast, config: Config | None) -> Check:
+    largest = max(tokenizer.get_vocab().values())
+    if config and largest >= config.vocab_size:
+        return Check(
+            "tokenizer", "error",
+            f"has the id {largest}, and config.json a vocabulary of {config.vocab_size}; copy the tokenizer that belongs to these weights",
+        )  # fmt: skip
+    return Check("tokenizer", "ok", f"{len(tokenizer):,} tokens")
+
+
+def _template(renderer: Renderer) -> Check:
+    """Both conversations rendered, with a loss mask that can be trusted."""
+    named = renderer.template_name
+    try:
+        renderer.encode(PLAIN)
+    except RowError as error:
+        return Check(
+            "template", "error", f"{named} cannot render a greeting and its answer ({error}); set data.template to chatml or a Jinja file"
+        )
+    try:
+        renderer.encode(WITH_TOOLS)
+    except RowError as error:
+        return Check(
+            "template",
+            "warning",
+            f"{named} renders plain conversations, but none with tools ({error}); for such rows set data.template=chatml",
+        )
+    return Check("template", "ok", f"{named}, with tools and without")
+
+
+def _stops(directory: Path, renderer: Renderer, config: Config) -> Iterator[Check]:
+    """The tokens that end an answer, and whether those who serve this directory will know them."""
+    try:
+        stops = sorted({*config.eos_token_id, *renderer.stop_ids})
+    except DataError as error:
+        yield Check("stop tokens", "error", str(error))
+        return
+    vocabulary = renderer.tokenizer.convert_ids_to_tokens(stops)
+    unknown = [number for number, token in zip(stops, vocabulary, strict=True) if token is None or number >= config.vocab_size]
+    if unknown or not stops:
+        what = (
+            f"config.json's eos_token_id {unknown} is no token of the tokenizer"
+            if unknown
+            else "neither config.json nor the tokenizer names one"
+        )
+        yield Check("stop tokens", "error", f"{what}, so an answer would not end; set eos_token_id in config.json")
+        return
+    yield Check("stop tokens", "ok", ", ".join(f"{token} ({number})" for number, token in zip(stops, vocabulary, strict=True)))
+    yield _generation(directory, stops)
+
+
+def _generation(directory: Path, stops: list[int]) -> Check:
+    path, name = directory / "generation_config.json", "generation"
+    beside = "nemotune writes a whole one beside what it trains"
+    if not path.is_file():
+        return Check(name, "warning", f"no {path.name}, so others stop at config.json's token alone; {beside}")
+    try:
+        settings = read_json(path, remedy="mend it or delete it")
+    except DataError as error:
+        return Check(name, "error", str(error))
+    eos = settings.get("eos_token_id")
+    lacking = sorted({*stops} - {*(eos if isinstance(eos, list) else [eos])})
+    if lacking:
+        return Check(
+            name, "warning", f"its eos_token_id {eos} lacks {lacking}, which end answers too: served as it is, it may not stop; {beside}"
+        )
+    return Check(name, "ok", f"eos_token_id {eos}")

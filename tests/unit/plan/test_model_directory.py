@@ -1,0 +1,162 @@
+"""`nemotune doctor DIR` finds what is wrong with a model directory before anything is spent on it, and passes one that is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy_chat import PLAIN
+from typer.testing import CliRunner
+
+from nemotune import assets
+from nemotune.cli.main import app
+from nemotune.errors import MissingFileError
+from nemotune.plan.model_directory import check_model
+from nemotune.weights import Checkpoint
+
+NAMES = ["config", "weights", "tokenizer", "template", "stop tokens", "generation"]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    tiny = assets.resolve("nemotron-tiny")
+    return Path(shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("*.jsonl")))
+
+
+def statuses(directory) -> dict[str, str]:
+    return {check.name: check.status for check in check_model(str(directory))}
+
+
+def found(directory, name) -> str:
+    [check] = [check for check in check_model(str(directory)) if check.name == name]
+    return f"{check.status}: {check.message}"
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(directory, edit):
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_whole_model_passes_every_check(directory, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: pytest.fail(f"{name} was loaded"))
+    assert statuses(directory) == dict.fromkeys(NAMES, "ok")
+    assert statuses("nemotron-tiny") == dict.fromkeys(NAMES, "ok")
+    assert found(directory, "config") == "ok: nemotron_h, 6 layers, vocabulary of 2,048"
+    assert found(directory, "stop tokens") == "ok: </s> (2), <|im_end|> (11)"
+
+
+def test_what_is_no_directory_is_named():
+    with pytest.raises(MissingFileError, match="MODEL_DIR: nowhere is no directory"):
+        check_model("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"model_type": "gpt2"}, "model_type: got 'gpt2'"), ({"mlp_hidden_act": "gelu"}, "mlp_hidden_act: got 'gelu'")]
+)
+def test_a_config_of_another_model_is_an_error_and_what_needs_it_is_left_out(directory, changes, message):
+    edit_json(directory / "config.json", **changes)
+    assert message in found(directory, "config")
+    assert statuses(directory) == {"config": "error", "tokenizer": "ok", "template": "ok"}
+
+
+def test_an_empty_directory_is_told_part_by_part(tmp_path):
+    assert statuses(tmp_path) == {"config": "error", "tokenizer": "error"}
+
+
+def pop(tensors):
+    del tensors["backbone.norm_f.weight"]
+
+
+def cut(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].contiguous()
+
+
+def quantise(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (pop, "backbone.norm_f.weight: missing, expected shape (256,)"),
+        (cut, "lm_head.weight: got shape (2047, 256), expected (2048, 256)"),
+        (quantise, "stored as F8_E4M3: quantised checkpoints cannot be tuned; use the BF16 release"),
+        (lambda tensors: tensors.update(extra=torch.ones(2)), "extra: has no place in the model"),
+    ],
+)
+def test_weights_that_do_not_fit_are_an_error(directory, edit, message):
+    edit_weights(directory, edit)
+    assert found(directory, "weights").startswith("error: ") and message in found(directory, "weights")
+
+
+def test_weights_cut_off_or_missing_are_an_error(directory):
+    shard = directory / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    assert "model.safetensors: cannot be read" in found(directory, "weights")
+    shard.unlink()
+    assert "no model.safetensors" in found(directory, "weights")
+
+
+def test_a_tokenizer_that_is_broken_or_of_another_model_is_an_error(directory):
+    edit_json(directory / "config.json", vocab_size=1000)
+    assert "error: has the id 2047, and config.json a vocabulary of 1000" in found(directory, "tokenizer")
+    (directory / "tokenizer.json").write_text("{")
+    assert "its tokenizer cannot be read" in found(directory, "tokenizer")
+
+
+def test_templates_are_tried_with_tools_and_without(directory):
+    template = directory / "chat_template.jinja"
+    template.write_text("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
+    assert "but none with tools (the template leaves tools out: get_weather)" in found(directory, "template")
+    assert statuses(directory) == {**dict.fromkeys(NAMES, "ok"), "template": "warning"}
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert found(directory, "template").startswith("error: the tokenizer's own cannot render a greeting")
+    assert statuses(directory)["stop tokens"] == "error"
+    template.write_text("{% if %}")
+    assert "line 1" in found(directory, "template")
+    template.write_text(PLAIN)
+    assert statuses(directory) == dict.fromkeys(NAMES, "ok")
+
+
+def test_stop_tokens_have_to_be_tokens(directory):
+    edit_json(directory / "config.json", eos_token_id=[2, 5000])
+    assert "eos_token_id [5000] is no token of the tokenizer" in found(directory, "stop tokens")
+
+
+def test_generation_settings_name_every_stop_token(directory):
+    path = directory / "generation_config.json"
+    edit_json(path, eos_token_id=2)
+    assert found(directory, "generation").startswith("warning: its eos_token_id 2 lacks [11], which end answers too")
+    path.write_text("{")
+    assert found(directory, "generation").startswith("error: ")
+    path.unlink()
+    assert found(directory, "generation").startswith("warning: no generation_config.json")
+
+
+def doctor(*words) -> tuple[int, str]:
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor", *map(str, words)])
+    return done.exit_code, done.output
+
+
+def test_doctor_prints_a_line_a_check_and_exits_with_2_on_errors(directory):
+    code, output = doctor(directory)
+    lines = [line.split()[0] for line in output.splitlines() if line.startswith(("ok", "warning", "error"))]
+    assert code == 0 and lines == ["ok"] * len(NAMES)
+    assert output.splitlines()[-1] == f"Next: nemotune plan quickstart model.path={directory}"
+    (directory / "generation_config.json").unlink()
+    assert doctor(directory)[0] == 0
+    (directory / "model.safetensors").unlink()
+    code, output = doctor(directory)
+    assert code == 2 and "error    weights" in output
+    code, output = doctor(directory, "--json")
+    assert code == 2 and [check["status"] for check in json.loads(output)["model"]] == ["ok", "error", "ok", "ok", "ok", "warning"]
