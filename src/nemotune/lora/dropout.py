@@ -31,6 +31,10 @@ class DropoutKeys:
         assert self._keys_T is not None, "DropoutKeys.set comes before a training forward"
         return self._keys_T
 
+    def of_rows(self, rows_N: Tensor | None) -> Tensor:
+        """The keys of these tokens of the row, or of all."""
+        return self.of_tokens if rows_N is None else self.of_tokens[rows_N]
+
     def set(self, *, seed: int, step: int, documents_T: Tensor, positions_T: Tensor) -> None:
         """Key each token by its document's index in the split and its position in the document."""
         run = mix(torch.tensor(seed, dtype=torch.int64) * GOLDEN + step)

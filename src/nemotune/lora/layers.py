@@ -1,6 +1,6 @@
 """A frozen layer with a low-rank update beside it: `y = W x + scale B A dropout(x)`. A and B are fp32 and compute in the dtype of x.
 
-`from_base` wraps a layer, `delta` is the update of its weight, `fuse` gives the plain layer with the update added.
+`wrap` gives a layer its LoRA form; merging is `export/merge.py`, on files.
 """
 
 from __future__ import annotations
@@ -49,16 +49,6 @@ class LoRALayer(nn.Module):
     def out_features(self) -> int:
         return self.base.out_features
 
-    def delta(self) -> Tensor:
-        """The update of the base's weight, fp32, in its shape."""
-        return self.lora_B @ self.lora_A * self.scale
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Module:
-        """The base layer, its weight updated in place in its own dtype."""
-        self.base.weight.copy_(self.base.weight.float() + self.delta())
-        return self.base
-
     @property
     def drops(self) -> bool:
         return self.training and self.probability > 0
@@ -68,10 +58,10 @@ class LoRALayer(nn.Module):
 
 
 class LoRALinear(LoRALayer):
-    """LoRA on a linear layer."""
+    """LoRA on a linear layer. The head sees some tokens only: it is told which (`rows_N`), and T is their number."""
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        dropped_TI = self._drop(x_TI, self.keys.of_tokens) if self.drops else x_TI
+    def forward(self, x_TI: Tensor, rows_N: Tensor | None = None) -> Tensor:
+        dropped_TI = self._drop(x_TI, self.keys.of_rows(rows_N)) if self.drops else x_TI
         low_TR = F.linear(dropped_TI, self.lora_A.to(x_TI.dtype)) * self.scale
         return self.base(x_TI) + F.linear(low_TR, self.lora_B.to(x_TI.dtype))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nemotune.models.cache import Cache, KVState, MambaState
 from nemotune.models.config import LlamaConfig, NemotronHConfig
+from nemotune.models.layers import Linear
 from nemotune.ops.cross_entropy import linear_cross_entropy
 from nemotune.ops.documents import Documents
 from nemotune.weights import Checkpoint, Stack
@@ -23,6 +24,13 @@ LOGITS_PER_CHUNK = {True: 2**25, False: 2**23}
 def run_plainly(block: nn.Module, *args: Any) -> Tensor:
     """Call the block. Activation checkpointing puts another function in its place."""
     return block(*args)
+
+
+class Head(Linear):
+    """The output layer. It is told which tokens of the row it sees, all if nothing is said: an adapter's dropout depends on that."""
+
+    def forward(self, x_ND: Tensor, rows_N: Tensor | None = None) -> Tensor:
+        return super().forward(x_ND)
 
 
 class CausalLM(nn.Module, ABC):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemotune.models.base import CausalLM
+from nemotune.models.base import CausalLM, Head
 from nemotune.models.cache import KVState
 from nemotune.models.config import LlamaConfig
 from nemotune.models.layers import AttentionCore, Linear, RMSNorm
@@ -27,7 +27,7 @@ class Llama(CausalLM):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def embeddings(self) -> nn.Embedding:

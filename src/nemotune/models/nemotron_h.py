@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemotune.models.base import CausalLM
+from nemotune.models.base import CausalLM, Head
 from nemotune.models.cache import KVState, MambaState
 from nemotune.models.config import NemotronHConfig
 from nemotune.models.layers import AttentionCore, GroupedLinear, Linear, RMSNorm
@@ -46,7 +46,7 @@ class NemotronH(CausalLM):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def embeddings(self) -> nn.Embedding:

@@ -14,35 +14,38 @@ IGNORE = -100
 def linear_cross_entropy(head: nn.Module, hidden_TD: Tensor, targets_T: Tensor, *, chunk_tokens: int = 256) -> Tensor:
     """The sum of -log p(target) over positions whose target is not -100, fp32; zero (with a gradient) where there are none.
 
-    `head` maps [n, D] to logits [n, V]; those of its parameters that require a gradient get one. Each chunk's gradient is
-    taken while its logits are there, so they are computed once and memory is one chunk of them, never the row's.
+    `head` maps [n, D], and which positions these are [n], to logits [n, V]; those of its parameters that require a gradient get one.
+    Each chunk's gradient is taken while its logits are there, so they are computed once and memory is one chunk of them, never the row's.
     """
-    supervised = (targets_T != IGNORE).nonzero().squeeze(-1)
-    hidden_ND, targets_N = hidden_TD[supervised], targets_T[supervised]
+    rows_N = (targets_T != IGNORE).nonzero().squeeze(-1)
+    hidden_ND, targets_N = hidden_TD[rows_N], targets_T[rows_N]
     trained = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or trained):
-        return _ChunkedLoss.apply(head, chunk_tokens, targets_N, hidden_ND, *trained)
-    losses = [_loss(head, h, t) for h, t in zip(hidden_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True) if len(t)]
+        return _ChunkedLoss.apply(head, chunk_tokens, rows_N, targets_N, hidden_ND, *trained)
+    chunks = zip(*(part.split(chunk_tokens) for part in (hidden_ND, rows_N, targets_N)), strict=True)
+    losses = [_loss(head, hidden, rows, targets) for hidden, rows, targets in chunks if len(rows)]
     return torch.stack(losses).sum() if losses else hidden_TD.new_zeros((), dtype=torch.float32)
 
 
-def _loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+def _loss(head: nn.Module, hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden, rows).float(), targets, reduction="sum")
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients chunk by chunk in the forward; the backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, head: nn.Module, chunk_tokens: int, targets_N: Tensor, hidden_ND: Tensor, *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, head: nn.Module, chunk_tokens: int, rows_N: Tensor, targets_N: Tensor, hidden_ND: Tensor, *trained: Tensor
+    ) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         gradients = [torch.empty_like(hidden_ND), *(torch.zeros_like(p) for p in trained)]
         for start in range(0, len(targets_N), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
+            chunk = slice(start, start + chunk_tokens)
             with torch.enable_grad():
-                hidden = hidden_ND[rows].detach().requires_grad_()
-                loss = _loss(head, hidden, targets_N[rows])
-            gradients[0][rows], *of_parameters = torch.autograd.grad(loss, [hidden, *trained])
+                hidden = hidden_ND[chunk].detach().requires_grad_()
+                loss = _loss(head, hidden, rows_N[chunk], targets_N[chunk])
+            gradients[0][chunk], *of_parameters = torch.autograd.grad(loss, [hidden, *trained])
             for whole, part in zip(gradients[1:], of_parameters, strict=True):
                 whole += part
             total += loss.detach()
@@ -51,4 +54,4 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, None, None, *((gradient * scale).to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return None, None, None, None, *((gradient * scale).to(gradient.dtype) for gradient in ctx.saved_tensors)

@@ -7,6 +7,7 @@ import torch
 from random_models import make
 
 from nemotune.models import load_model, parse_config
+from nemotune.models.base import Head
 from nemotune.models.initialize import initialize
 from nemotune.models.loading import build_model
 from nemotune.ops.cross_entropy import linear_cross_entropy
@@ -59,7 +60,7 @@ def test_the_loss_is_fp32_on_bf16_logits():
     hidden, weight = torch.randn(40, 16).bfloat16(), torch.randn(500, 16).bfloat16()
     targets = torch.arange(40)
     exact = torch.nn.functional.cross_entropy((hidden @ weight.T).double(), targets, reduction="sum")
-    head = torch.nn.Linear(16, 500, bias=False, dtype=torch.bfloat16)
+    head = Head(16, 500, bias=False, dtype=torch.bfloat16)
     head.weight = torch.nn.Parameter(weight)
     assert linear_cross_entropy(head, hidden, targets).item() == pytest.approx(exact.item(), rel=1e-6)
 

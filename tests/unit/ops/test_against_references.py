@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nemotune.models.base import Head
 from nemotune.ops.attention import attention_step, varlen_attention, varlen_attention_ref
 from nemotune.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step, conv_state
 from nemotune.ops.cross_entropy import linear_cross_entropy
@@ -132,7 +133,7 @@ def test_loss_over_supervised_positions_equals_the_full_one():
     (hidden,) = leaves((21, 8))
     targets = torch.randint(0, 13, (21,), generator=torch.Generator().manual_seed(3))
     targets[::3] = -100
-    head = torch.nn.Linear(8, 13, bias=False)
+    head = Head(8, 13, bias=False)
     ours = linear_cross_entropy(head, hidden, targets, chunk_tokens=4)
     with torch.no_grad():
         assert linear_cross_entropy(head, hidden, targets, chunk_tokens=4).item() == pytest.approx(ours.item(), rel=1e-6)

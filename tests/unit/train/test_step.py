@@ -26,7 +26,9 @@ def directory(tmp_path_factory):
 
 def adapted(directory, *, dropout=0.0):
     model = load_model(directory, dtype="float32")
-    keys = apply_lora(model, Lora(rank=4, alpha=8, dropout=dropout, targets=("attention", "mamba", "mlp", "shared_experts", "experts")))
+    keys = apply_lora(
+        model, Lora(rank=4, alpha=8, dropout=dropout, targets=("attention", "mamba", "mlp", "shared_experts", "experts", "lm_head"))
+    )
     with torch.no_grad():
         for _, layer in lora_modules(model):
             layer.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
