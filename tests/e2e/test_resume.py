@@ -59,6 +59,19 @@ def test_a_second_start_is_a_choice_and_a_changed_recipe_is_named(nemotune, reci
     assert read_metrics(tmp_path / "runs" / "trial")[-1]["step"] == 6
 
 
+def test_resuming_on_other_rows_is_refused(nemotune, recipe_file, chat_rows, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(chat_rows.read_text())
+    settings = (recipe_file, f"data.train={rows}", "train.max_steps=2")
+    assert nemotune("train", *settings).returncode == 0
+    rows.write_text(chat_rows.read_text().replace("How many", "What"))
+    assert nemotune("data", *settings, "--overwrite").returncode == 0
+    adapter = (tmp_path / "runs" / "trial" / "adapter" / "adapter_model.safetensors").read_bytes()
+    resumed = nemotune("train", *settings, "train.max_steps=4", "--resume")
+    assert resumed.returncode == 2 and "the rows, template or tokenizer have changed" in resumed.stdout, resumed.stdout
+    assert (tmp_path / "runs" / "trial" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
 def test_a_torn_checkpoint_is_passed_over(nemotune, recipe_file, tmp_path):
     assert nemotune("train", recipe_file, "train.max_steps=6", "train.eval_every=null").returncode == 0
     checkpoints = tmp_path / "runs" / "trial" / "checkpoints"

@@ -141,3 +141,10 @@ def test_drawn_weights_are_saved_in_the_configs_dtype_but_for_what_stays_fp32(hy
     save_model(load_model(hybrid, dtype="float32", random_seed=0), tmp_path / "drawn")
     for name, info in Checkpoint(tmp_path / "drawn").tensors.items():
         assert info.dtype == ("F32" if name.endswith(("A_log", ".D", "dt_bias", "e_score_correction_bias")) else "BF16"), name
+
+
+@pytest.mark.parametrize("options", [{}, {"trainable": True}, {"random_seed": 1}])
+def test_a_loaded_model_is_in_evaluation_mode_and_trainable_where_asked(hybrid, options):
+    model = load_model(hybrid, **options)
+    assert not any(module.training for module in model.modules())
+    assert {p.requires_grad for p in model.parameters()} == {options.get("trainable", False)}
