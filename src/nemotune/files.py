@@ -42,6 +42,8 @@ def staged_directory(target: Path, *, overwrite: bool = False, needed_bytes: int
     """
     if target.exists() and not overwrite:
         raise ConflictError(f"{target}: already exists; choose another directory or pass --overwrite")
+    if target.exists() and not target.is_dir():
+        raise ConflictError(f"{target}: is a file, which --overwrite does not replace by a directory; choose another name")
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     require_space(target.parent, needed_bytes)

@@ -25,7 +25,7 @@ def doctor(
     from nemotune.plan import environment
     from nemotune.plan.model_directory import check_model
 
-    checks = check_model(model_dir) if model_dir else []
+    checks = check_model(model_dir) if model_dir is not None else []
     found = environment.describe()
     if as_json:
         typer.echo(json.dumps(found | ({"model": [asdict(check) for check in checks]} if model_dir else {}), indent=2))

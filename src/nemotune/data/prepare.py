@@ -75,6 +75,7 @@ def prepare(
     holds data of another fingerprint and `overwrite` is false. On any error `out_dir` stays as it was.
     """
     cache_dir = cache_dir or default_cache_dir()
+    _refuse_foreign(out_dir)
     data = recipe.data
     renderer = Renderer(tokenizer, template=data.template, thinking=data.thinking, train_on=data.train_on)
     with workspace(cache_dir) as work:
@@ -193,6 +194,14 @@ def _refuse_empty(stats: dict[str, dict[str, Any]], spools: dict[str, Spool], *,
             reasons = spools.get(name, spools["train"]).rejects.summary()
             told = "; ".join(f"{entry['count']} x {reason}" for reason, entry in reasons.items()) or "it was given none"
             raise DataError(f"data: no document is left in the {name} split ({told}); data.sequence_length is {sequence_length}")
+
+
+def _refuse_foreign(out_dir: Path) -> None:
+    """Prepared data take the place of prepared data, never of anything else, whatever the options."""
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "stats.json").is_file():
+        raise ConflictError(
+            f"{out_dir}: is not prepared data (no stats.json), so it is not replaced; move it away or choose another --run-dir"
+        )
 
 
 def _refuse_conflict(out_dir: Path, fingerprint: str, settings: dict[str, Any], overwrite: bool) -> None:

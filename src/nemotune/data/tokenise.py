@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -96,6 +97,15 @@ _renderer: Renderer  # of a worker process: set once by `_start`
 def _start(renderer: Renderer) -> None:
     global _renderer
     _renderer = renderer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot send its workers home: they would wait for rows for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(lines: list[bytes]) -> list[Tokenised]:

@@ -53,10 +53,10 @@ class Check:
 def check_model(path: str) -> list[Check]:
     """Every check of the model in directory `path`, or built in; one that needs a part that is broken is left out. Raises MissingFileError."""
     directory = Path(path).expanduser()
-    if not directory.is_dir():
+    if not path or not directory.is_dir():
         builtin = assets.resolve(path)
         if builtin is None:
-            raise MissingFileError(f"MODEL_DIR: {path} is no directory, expected one with config.json, *.safetensors and tokenizer.json")
+            raise MissingFileError(f"MODEL_DIR: '{path}' is no directory, expected one with config.json, *.safetensors and tokenizer.json")
         directory = builtin
     return list(_checks(directory))
 

@@ -28,10 +28,14 @@ def is_begun(run_dir: Path) -> bool:
 
 
 def refuse_begun(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    """A second start is a choice. Raises ConflictError where none was made, or two, before any work."""
+    """A second start is a choice, and only a run's directory is one. Raises ConflictError where none was made, or two, before any work."""
     if resume and overwrite:
         raise ConflictError(
             f"{run_dir}: got --resume and --overwrite, expected one of them: the first goes on with the run, the second discards it"
+        )
+    if not (run_dir / "recipe.json").is_file() and (found := [name for name in TRAINED if (run_dir / name).exists()]):
+        raise ConflictError(
+            f"{run_dir}: holds {', '.join(found)} and no recipe.json, so it is no run's directory; choose another --run-dir or move them away"
         )
     if is_begun(run_dir) and not (resume or overwrite):
         raise ConflictError(f"{run_dir}: holds a run already; --resume goes on with it, --overwrite starts anew, name=... keeps both")
@@ -84,7 +88,7 @@ def discard(run_dir: Path, names: tuple[str, ...] = TRAINED) -> None:
 
 
 def _record(run_dir: Path) -> dict[str, Any]:
-    path, remedy = run_dir / "recipe.json", "without it nothing says what this run is: put back a copy, or start anew with --overwrite"
+    path, remedy = run_dir / "recipe.json", "without it nothing says what this run is: put back a copy, or start in another directory"
     found = read_json(path, remedy=remedy)
     if not isinstance(found.get("recipe"), dict) or "data_fingerprint" not in found:
         raise DataError(f"{path}: got the keys {', '.join(found)}, expected recipe and data_fingerprint; {remedy}")

@@ -13,7 +13,7 @@ from nemotune.data import preview
 from nemotune.data.prepare import Prepared, prepare
 from nemotune.data.progress import progress
 from nemotune.engines import native
-from nemotune.errors import ConflictError, MissingFileError, UnsupportedError
+from nemotune.errors import ConflictError, MissingFileError, RecipeError, UnsupportedError
 from nemotune.evaluate import Summary, compare_files, comparison_table, summary_table
 from nemotune.evaluate import run as run_evaluation
 from nemotune.export.merge import merge as merge_files
@@ -38,7 +38,8 @@ def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run
     prepared = _prepare(recipe, run_dir, show=0, overwrite=overwrite, console=console)
     plan(recipe, console=console)
     _train(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, console=console)
-    evaluate(recipe, run_dir=run_dir, overwrite=True, dry_run=False, console=console)
+    if recipe.evaluate.tasks:
+        evaluate(recipe, run_dir=run_dir, overwrite=True, dry_run=False, console=console)
     if recipe.export.merged and recipe.method == "lora":
         merge(recipe, run_dir=run_dir, output=None, overwrite=True, dry_run=False, console=console)
     report(run_dir, console=console)
@@ -76,6 +77,8 @@ def train(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_r
 def evaluate(recipe: Recipe, *, run_dir: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
     """Score the tuned model, and its base if asked, on the held-out rows; compare the two. One model is in memory at a time."""
     eval_dir, trained = run_dir / "eval", run_dir / native.trained_name(recipe)
+    if not recipe.evaluate.tasks:
+        raise RecipeError("evaluate.tasks: got none, so there is nothing to evaluate; name one, such as evaluate.tasks=[perplexity]")
     if dry_run:
         console.print(f"would evaluate {', '.join(recipe.evaluate.tasks)} into {eval_dir}")
         return
@@ -116,7 +119,10 @@ def merge(recipe: Recipe, *, run_dir: Path, output: Path | None, overwrite: bool
         raise MissingFileError(f"{adapter}: nothing trained yet; `nemotune train` comes first")
     if (run_dir / "recipe.json").is_file():
         require_same_model(recipe, run_dir)
+    _refuse_target(target)
     base = locate(recipe.model.path, recipe.model.revision, weights=not dry_run)
+    if base.resolve().is_relative_to(target.resolve()):
+        raise ConflictError(f"--output: {target} holds the base, which --overwrite does not replace; name another directory")
     if dry_run and not any(base.glob("*.safetensors")):
         console.print(f"would download the weights of {recipe.model.path} and write {target}")
         return
@@ -152,12 +158,23 @@ def _prepare(recipe: Recipe, run_dir: Path, *, show: int, overwrite: bool, conso
 
 def _train(recipe: Recipe, prepared: Prepared, run_dir: Path, *, resume: bool, overwrite: bool, console: Console) -> None:
     """Train and keep the outcome; what an earlier outcome was evaluated, merged and reported as is removed."""
+    notes = Console(stderr=True, soft_wrap=True)
+    if resume and not is_begun(run_dir):
+        notes.print(f"nothing to resume in {run_dir}: begins with step 1")
     open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
-    result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=Console(stderr=True, soft_wrap=True))
+    result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=notes)
     discard(run_dir, FROM_TRAINED)
     ended = "stopped early" if result.stopped_early else "finished"
     console.print(f"{ended} after {result.steps} steps; the {result.weights} weights are kept")
     _wrote(console, run_dir / native.trained_name(recipe), then=f"nemotune eval {run_dir}")
+
+
+def _refuse_target(target: Path) -> None:
+    """A merged model takes the place of a model, never of anything else, whatever the options."""
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise ConflictError(
+            f"--output: {target} holds no model (no config.json), so --overwrite does not replace it; name another directory"
+        )
 
 
 def _base(recipe: Recipe) -> CausalLM:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import nemotune
 from nemotune.data.cache import workspace
 
@@ -40,6 +42,28 @@ def test_what_a_killed_preparation_left_is_removed_by_the_next(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {"0123abcd", work.parent.name}
         assert not list(work.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["0123abcd"]
+
+
+ORPHANED = """
+import multiprocessing, os, signal
+from concurrent.futures import ProcessPoolExecutor
+from nemotune.data import tokenise
+pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=tokenise._start, initargs=(None,))
+print(pool.submit(os.getpid).result(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_tokenising_processes_end_with_the_one_that_was_killed():
+    environment = os.environ | {"PYTHONPATH": str(Path(nemotune.__file__).parent.parent)}
+    with subprocess.Popen([sys.executable, "-c", ORPHANED], env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        try:
+            parent.communicate(timeout=20)  # the pipe ends with the last process that holds it
+        except subprocess.TimeoutExpired:
+            os.kill(worker, signal.SIGKILL)
+            pytest.fail("the worker goes on without its parent")
 
 
 def test_preparations_under_way_are_left_alone(tmp_path):

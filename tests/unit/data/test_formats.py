@@ -152,3 +152,18 @@ def test_answered_replaces_the_answer_in_both_forms():
     other = FORMATS["medmcqa"](MEDMCQA).answered("D")
     assert (other.completion, other.messages[-1]["content"]) == (" D", "D")
     assert other.prompt == FORMATS["medmcqa"](MEDMCQA).prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "detail"),
+    [
+        ({"messages": '[{"role": "user"}]'}, "'messages' is text, expected a list, which a .csv cannot hold: use JSON lines"),
+        ({"conversations": {}}, "'conversations' is dict, expected a list"),
+        ({"messages": None, "text": "x"}, "the row has messages, text"),
+        ({}, "the row has no keys"),
+    ],
+)
+def test_chat_without_a_list_of_messages_says_what_is_there(row, detail):
+    with pytest.raises(RowError) as error:
+        FORMATS["chat"](row)
+    assert (error.value.reason, error.value.detail) == ("no messages", detail)

@@ -55,8 +55,9 @@ def test_a_whole_model_passes_every_check(directory, monkeypatch):
 
 
 def test_what_is_no_directory_is_named():
-    with pytest.raises(MissingFileError, match="MODEL_DIR: nowhere is no directory"):
-        check_model("nowhere")
+    for path in ("nowhere", ""):
+        with pytest.raises(MissingFileError, match=f"MODEL_DIR: '{path}' is no directory"):
+            check_model(path)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from nemotune.data import spool
 from nemotune.engines import native
+from nemotune.errors import ConflictError, RecipeError
 from nemotune.recipe import load
 from nemotune.workflow import stages
 
@@ -119,3 +121,68 @@ def test_training_on_discards_what_was_made_from_the_earlier_weights(recipe, tmp
         (run_dir / name).mkdir()
     stages.train(recipe, resume=True, **options(run_dir))
     assert sorted(path.name for path in run_dir.iterdir()) == ["adapter", "data", "environment.json", "metrics.jsonl", "recipe.json"]
+
+
+def test_a_recipe_without_tasks_runs_to_its_report_and_is_no_evaluation(recipe, tmp_path, trained_at_once):
+    recipe = load("quickstart", [*SETTINGS, "evaluate.tasks=[]", "export.merged=false"])
+    stages.run(recipe, resume=False, **options(tmp_path / "run"))
+    assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "eval").exists()
+    with pytest.raises(RecipeError, match="nothing to evaluate"):
+        stages.evaluate(recipe, **options(tmp_path / "run"))
+
+
+def mine(directory):
+    """A directory of the user's own with a file in it."""
+    directory.mkdir(parents=True)
+    (directory / "thesis.tex").write_text("years of work")
+    return directory
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["data", "model", "export"])
+def test_a_directory_that_is_no_run_is_left_alone(recipe, tmp_path, trained_at_once, name, overwrite):
+    mine(tmp_path / name)
+    with pytest.raises(ConflictError, match="move"):
+        stages.train(recipe, resume=False, **options(tmp_path, overwrite=overwrite))
+    assert [(tmp_path / name / "thesis.tex").read_text()] == ["years of work"]
+    assert not (tmp_path / "recipe.json").exists()
+
+
+def test_rows_are_not_prepared_over_something_else(recipe, tmp_path):
+    mine(tmp_path / "data")
+    with pytest.raises(ConflictError, match=r"data: is not prepared data \(no stats\.json\)"):
+        stages.data(recipe, show=0, **options(tmp_path, overwrite=True))
+    assert (tmp_path / "data" / "thesis.tex").is_file()
+
+
+@pytest.fixture
+def adapted(recipe, tmp_path):
+    """A trained run."""
+    stages.train(recipe, resume=False, **options(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_a_merge_replaces_nothing_but_a_model(recipe, adapted, tmp_path, monkeypatch):
+    def merge(output):
+        stages.merge(recipe, output=output, **options(adapted, overwrite=True))
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("years of work")
+    for output in (mine(tmp_path / "papers"), adapted, adapted / "adapter", tmp_path, Path("file"), Path()):
+        with pytest.raises(ConflictError, match="--overwrite"):
+            merge(output)
+    assert (tmp_path / "papers" / "thesis.tex").is_file() and (tmp_path / "file").is_file() and (adapted / "recipe.json").is_file()
+    merge(tmp_path / "out")
+    merge(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    base = load("quickstart", [*SETTINGS, f"model.path={tmp_path / 'out'}"])
+    stages.train(base, resume=False, **options(tmp_path / "second"))
+    with pytest.raises(ConflictError, match="holds the base"):
+        stages.merge(base, output=tmp_path / "out", **options(tmp_path / "second", overwrite=True))
+
+
+def test_resuming_what_was_never_begun_says_so(recipe, tmp_path, trained_at_once, capsys):
+    stages.train(recipe, resume=True, **options(tmp_path / "run"))
+    assert f"nothing to resume in {tmp_path / 'run'}: begins with step 1" in capsys.readouterr().err
+    stages.train(recipe, resume=True, **options(tmp_path / "run"))
+    assert "nothing to resume" not in capsys.readouterr().err

@@ -28,11 +28,20 @@ def convert(row: dict[str, Any]) -> Example:
     elif isinstance(row.get("messages"), list):
         messages = tuple(_message(message) for message in row["messages"])
     else:
-        raise RowError("no messages", f"the row has {', '.join(row) or 'no keys'}")
+        raise RowError("no messages", _instead(row))
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("no assistant turn")
     meta = {key: row[key] for key in ("group", "subject") if isinstance(row.get(key), str)}
     return Example(messages=messages, tools=_tools(row.get("tools") or row.get("functions")), meta=meta)
+
+
+def _instead(row: dict[str, Any]) -> str:
+    """What the row has where a list of messages should be."""
+    for key in ("messages", "conversations"):
+        if row.get(key) is not None:
+            kind = "text" if isinstance(row[key], str) else type(row[key]).__name__
+            return f"'{key}' is {kind}, expected a list" + (", which a .csv cannot hold: use JSON lines" if kind == "text" else "")
+    return f"the row has {', '.join(row) or 'no keys'}"
 
 
 def _prompted(prompt: str, completion: str) -> Example:
