@@ -71,14 +71,13 @@ class LoRAExperts(LoRALayer):
 
     def forward(self, x_MI: Tensor, sent: Dispatch) -> Tensor:
         dropped_MI = self._drop(x_MI, expert_keys(self.keys.of_tokens, sent)) if self.drops else x_MI
-        low_MR = grouped_linear(dropped_MI, self.lora_A, sent.counts) * self.scale
-        return self.base(x_MI, sent) + grouped_linear(low_MR, self.lora_B, sent.counts)
+        low_MR = grouped_linear(dropped_MI, self.lora_A, sent.ends_E) * self.scale
+        return self.base(x_MI, sent) + grouped_linear(low_MR, self.lora_B, sent.ends_E)
 
 
 def expert_keys(keys_T: Tensor, sent: Dispatch) -> Tensor:
     """A key per row sorted by expert: its token's, told apart by the expert."""
-    experts_M = torch.repeat_interleave(torch.tensor(sent.counts, device=keys_T.device))
-    return mix(keys_T[sent.tokens_M] + (experts_M + 1) * GOLDEN)
+    return mix(keys_T[sent.tokens_M] + (sent.experts_M + 1) * GOLDEN)
 
 
 def wrap(base: nn.Module, lora: Lora, *, name: str, keys: DropoutKeys, seed: int) -> LoRALayer:

@@ -29,7 +29,7 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
 
     def forward(self, x_MI: Tensor, sent: Dispatch) -> Tensor:
-        return grouped_linear(x_MI, self.weight, sent.counts)
+        return grouped_linear(x_MI, self.weight, sent.ends_E)
 
 
 class RMSNorm(nn.Module):

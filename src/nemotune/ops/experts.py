@@ -6,6 +6,7 @@ Router: sigmoid scores, a correction bias that only chooses, group-limited top-k
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Routing:
-    """Each token's experts [T, top_k] and their weights, fp32."""
+    """Each token's experts [T, top_k], rising, and their weights, fp32."""
 
     experts_TK: Tensor
     weights_TK: Tensor
@@ -43,7 +44,7 @@ def route(
         chosen = group_scores_TG.topk(top_groups, dim=-1).indices
         kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter(1, chosen, True)
         choice_TE = grouped_TGE.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf).flatten(1)
-    experts_TK = choice_TE.topk(top_k, dim=-1, sorted=False).indices
+    experts_TK = choice_TE.topk(top_k, dim=-1, sorted=False).indices.sort(-1).values
     weights_TK = scores_TE.gather(1, experts_TK)
     if normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
@@ -52,38 +53,121 @@ def route(
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Tokens sorted by expert: row m of the sorted order is token `tokens_M[m]`; expert e owns `counts[e]` rows in turn."""
+    """T * top_k rows sorted by expert, and where each token finds its own. Tensors only: nothing here waits for a device."""
 
-    tokens_M: Tensor
-    weights_M: Tensor
-    counts: list[int]
+    tokens_M: Tensor  # the token of each sorted row
+    experts_M: Tensor  # its expert, rising
+    ends_E: Tensor  # int32: where each expert's rows end, as grouped products want it
+    rows_TK: Tensor  # the sorted rows of each token, in the order of its experts
+    weights_TK: Tensor  # fp32
 
 
 def dispatch(routing: Routing, num_experts: int) -> Dispatch:
     """The sorted order for a grouped matrix product; M = T * top_k."""
     flat_M = routing.experts_TK.flatten()
-    order_M = flat_M.argsort(stable=True)
-    counts = torch.bincount(flat_M, minlength=num_experts).tolist()
-    return Dispatch(order_M // routing.experts_TK.shape[1], routing.weights_TK.flatten()[order_M], counts)
+    experts_M, order_M = flat_M.sort(stable=True)
+    rows_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+    return Dispatch(
+        tokens_M=order_M // routing.experts_TK.shape[1],
+        experts_M=experts_M,
+        ends_E=torch.searchsorted(experts_M, torch.arange(num_experts, device=flat_M.device), right=True, out_int32=True),
+        rows_TK=rows_M.view_as(routing.experts_TK),
+        weights_TK=routing.weights_TK,
+    )
 
 
-def combine(y_MD: Tensor, sent: Dispatch, num_tokens: int) -> Tensor:
-    """Weigh the experts' outputs and add them up per token: [T, D] in the dtype of y. The sum is fp32."""
-    weighted_MD = y_MD.float() * sent.weights_M.unsqueeze(-1)
-    return weighted_MD.new_zeros(num_tokens, y_MD.shape[1]).index_add(0, sent.tokens_M, weighted_MD).to(y_MD.dtype)
+def sorted_rows(x_TD: Tensor, sent: Dispatch) -> Tensor:
+    """Each token's row once per expert that it goes to, sorted by expert: [M, D]."""
+    return _Spread.apply(x_TD, sent.tokens_M, sent.rows_TK)
 
 
-def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
-    """`x @ weight[e].T` for the rows of each expert e; experts without rows cost nothing. [M, O]."""
-    if x_MI.is_cuda:
-        ends = torch.tensor(counts, device=x_MI.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(x_MI, weight_EOI.to(x_MI.dtype).transpose(-1, -2), offs=ends)
-    parts = [F.linear(x, weight.to(x.dtype)) for x, weight in zip(x_MI.split(counts), weight_EOI.unbind(0), strict=True) if len(x)]
-    return torch.cat(parts) if parts else x_MI.new_zeros(0, weight_EOI.shape[1])
+def combine(y_MD: Tensor, sent: Dispatch) -> Tensor:
+    """Weigh the experts' outputs and add them up per token: [T, D] in the dtype of y.
+
+    The sum is fp32, over a token's experts in the order of `rows_TK` (rising, as `route` gives them): the same bits every time.
+    """
+    return _Combine.apply(y_MD, sent.weights_TK, sent.rows_TK)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows by index; the gradient gathers them back, where indexing's own would add with atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, tokens_M: Tensor, rows_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_TK)
+        return x_TD.index_select(0, tokens_M)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (rows_TK,) = ctx.saved_tensors
+        return _sum_per_token(grad_MD, rows_TK), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Saves y and the weights as they are, no fp32 copy of y."""
+
+    @staticmethod
+    def forward(ctx: Any, y_MD: Tensor, weights_TK: Tensor, rows_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_MD, weights_TK, rows_TK)
+        return _sum_per_token(y_MD, rows_TK, weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        y_MD, weights_TK, rows_TK = ctx.saved_tensors
+        grad_TD, grad_y_MD, grad_weights_TK = grad_TD.float(), torch.empty_like(y_MD), torch.empty_like(weights_TK)
+        for k, rows_T in enumerate(rows_TK.unbind(1)):
+            grad_y_MD.index_copy_(0, rows_T, (grad_TD * weights_TK[:, k, None]).to(y_MD.dtype))
+            grad_weights_TK[:, k] = (grad_TD * y_MD.index_select(0, rows_T)).sum(-1)
+        return grad_y_MD, grad_weights_TK, None
+
+
+def _sum_per_token(y_MD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """`sum_k weights[t, k] y[rows[t, k]]`, fp32 for one k at a time: [T, D] in the dtype of y."""
+    sum_TD = y_MD.new_zeros(rows_TK.shape[0], y_MD.shape[1], dtype=torch.float32)
+    for k, rows_T in enumerate(rows_TK.unbind(1)):
+        y_TD = y_MD.index_select(0, rows_T)
+        sum_TD = sum_TD.add_(y_TD) if weights_TK is None else sum_TD.addcmul_(y_TD, weights_TK[:, k, None])
+    return sum_TD.to(y_MD.dtype)
+
+
+def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`x @ weight[e].T` for the rows of each expert e, which end at `ends_E[e]`: [M, O] in the dtype of x.
+
+    Rows of memory have to be multiples of 16 bytes long: a LoRA of rank 4 is padded with zeros.
+    """
+    out_features, multiple = weight_EOI.shape[1], 16 // x_MI.element_size()
+    short_in, short_out = -x_MI.shape[1] % multiple, -out_features % multiple
+    weight_EOI = weight_EOI.to(x_MI.dtype)
+    if short_in:
+        x_MI = F.pad(x_MI, (0, short_in))
+    if short_in or short_out:
+        weight_EOI = F.pad(weight_EOI, (0, short_in, 0, short_out))
+    y_MO = _GroupedLinear.apply(x_MI, weight_EOI, ends_E)
+    return y_MO[:, :out_features] if short_out else y_MO
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """One kernel for all experts. A frozen weight saves no input."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MI if ctx.needs_input_grad[1] else None, weight_EOI, ends_E)
+        return F.grouped_mm(x_MI, weight_EOI.transpose(-1, -2), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x_MI, weight_EOI, ends_E = ctx.saved_tensors
+        grad_MO = grad_MO.contiguous()
+        grad_x = F.grouped_mm(grad_MO, weight_EOI, offs=ends_E) if ctx.needs_input_grad[0] else None
+        if x_MI is None:
+            return grad_x, None, None
+        grad_weight = F.grouped_mm(grad_MO.T, x_MI, offs=ends_E)
+        empty_E = ends_E == F.pad(ends_E[:-1], (1, 0))  # Blackwell's kernel leaves what was there (pytorch issue 172439)
+        return grad_x, grad_weight.masked_fill_(empty_E[:, None, None], 0), None
 
 
 def experts_ref(x_TD: Tensor, up_EFD: Tensor, down_EDF: Tensor, routing: Routing) -> Tensor:
-    """relu^2 experts as the definition reads, token by token: the reference for dispatch, grouped_linear and combine."""
+    """relu^2 experts as the definition reads, token by token: the reference for dispatch, sorted_rows, grouped_linear and combine."""
     y_TD = torch.zeros_like(x_TD)
     for t in range(x_TD.shape[0]):
         for e, w in zip(routing.experts_TK[t].tolist(), routing.weights_TK[t], strict=True):

@@ -80,11 +80,10 @@ class Liveness:
         def after_forward(layer: LoRAExperts, inputs: tuple, output: Tensor) -> None:
             if not output.requires_grad:
                 return
-            counts = torch.tensor(inputs[1].counts, device=output.device)
+            experts_M = inputs[1].experts_M
 
             def after_backward(gradient: Tensor) -> None:
-                experts_M = torch.repeat_interleave(counts)
-                reached = torch.zeros(len(counts), dtype=torch.bool, device=output.device)
+                reached = torch.zeros(layer.base.num_experts, dtype=torch.bool, device=output.device)
                 reached[experts_M[gradient.any(-1)]] = True
                 _mark(self.received, (name, "lora_B"), reached)
                 _mark(self.received, (name, "lora_A"), reached & _any_per_expert(layer.lora_B))

@@ -57,7 +57,7 @@ def test_experts_output_and_both_gradients_equal_the_dense_update():
     layer, sent, x, weights = drawn(experts()), dispatch(ROUTING, 3), torch.randn(8, 12), torch.randn(8, 10)
     (layer(x, sent) * weights).sum().backward()
     A, B = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
-    dense = grouped_linear(x, layer.base.weight + 2.0 * B @ A, sent.counts)
+    dense = grouped_linear(x, layer.base.weight + 2.0 * B @ A, sent.ends_E)
     (dense * weights).sum().backward()
     same(layer(x, sent), dense)
     same(layer.lora_A.grad, A.grad)

@@ -10,7 +10,7 @@ from nemotune.ops.attention import attention_step, varlen_attention, varlen_atte
 from nemotune.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step, conv_state
 from nemotune.ops.cross_entropy import linear_cross_entropy
 from nemotune.ops.documents import Documents
-from nemotune.ops.experts import Routing, combine, dispatch, experts_ref, grouped_linear, route
+from nemotune.ops.experts import Routing, combine, dispatch, experts_ref, grouped_linear, route, sorted_rows
 from nemotune.ops.ssd import ssd
 from nemotune.ops.ssd_ref import ssd_ref, ssd_step
 
@@ -108,8 +108,8 @@ def test_grouped_experts_equal_one_token_at_a_time(chosen):
     inputs = x, up, down = leaves((3, 8), (5, 6, 8), (5, 8, 6))
     routing = Routing(torch.tensor(chosen), torch.rand(3, 2, generator=torch.Generator().manual_seed(1)))
     sent = dispatch(routing, 5)
-    hidden = grouped_linear(x[sent.tokens_M], up, sent.counts).relu().square()
-    assert_same(combine(grouped_linear(hidden, down, sent.counts), sent, 3), experts_ref(x, up, down, routing), inputs)
+    hidden = grouped_linear(sorted_rows(x, sent), up, sent.ends_E).relu().square()
+    assert_same(combine(grouped_linear(hidden, down, sent.ends_E), sent), experts_ref(x, up, down, routing), inputs)
 
 
 def test_router_chooses_by_bias_and_weighs_by_score():
