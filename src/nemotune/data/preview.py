@@ -25,7 +25,7 @@ def show(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, console: Consol
     """Print the summary and the first `samples` training documents."""
     stats = prepared.stats
     console.print(_splits(stats))
-    console.print(f"template: {stats['template']}   fingerprint: {stats['fingerprint']}", style="dim", highlight=False)
+    console.print(f"template: {stats['template']}   fingerprint: {stats['fingerprint']}", style="dim", markup=False, highlight=False)
     console.print(_sources(stats["sources"]))
     for name, rows in stats["in_train_too"].items():
         if rows:

@@ -69,7 +69,7 @@ def run(
     progress = Progress()
     if resume and (newest := checkpoints.latest()):
         progress = checkpoints.load(newest, model, optimizer)
-        console.print(f"resumed after step {progress.step} from {newest}")
+        console.print(f"resumed after step {progress.step} from {newest}", markup=False)
 
     model.train()
     metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step)

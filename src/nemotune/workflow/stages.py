@@ -6,8 +6,10 @@ Stages meet through files in the run directory, so each runs alone and any one c
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
+from rich.markup import escape
 
 from nemotune.data import preview
 from nemotune.data.prepare import Prepared, prepare
@@ -30,10 +32,10 @@ def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run
     """The whole run. With `dry_run`, the plan and the list of what would be written."""
     if dry_run:
         plan(recipe, console=console)
-        console.print(f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {native.trained_name(recipe)}, eval, export, report.html")
+        _say(console, f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {native.trained_name(recipe)}, eval, export, report.html")
         return
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
-    console.rule(f"{recipe.name} in {run_dir}", align="left")
+    console.rule(escape(f"{recipe.name} in {run_dir}"), align="left")
     estimate(recipe)  # a target or a config that does not fit is told before the rows are read
     prepared = _prepare(recipe, run_dir, show=0, overwrite=overwrite, console=console)
     plan(recipe, console=console)
@@ -48,7 +50,7 @@ def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run
 def data(recipe: Recipe, *, run_dir: Path, show: int, overwrite: bool, dry_run: bool, console: Console) -> None:
     """Prepare the rows into `run_dir/data` and show what they became."""
     if dry_run:
-        console.print(f"would prepare {recipe.data.train.path} into {run_dir / 'data'}")
+        _say(console, f"would prepare {recipe.data.train.path} into {run_dir / 'data'}")
         return
     _prepare(recipe, run_dir, show=show, overwrite=overwrite, console=console)
 
@@ -65,7 +67,7 @@ def train(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_r
     """Train on the prepared rows, preparing them first where they are not there."""
     if dry_run:
         plan(recipe, console=console)
-        console.print(f"would write {run_dir / native.trained_name(recipe)}")
+        _say(console, f"would write {run_dir / native.trained_name(recipe)}")
         return
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
     estimate(recipe)
@@ -80,7 +82,7 @@ def evaluate(recipe: Recipe, *, run_dir: Path, overwrite: bool, dry_run: bool, c
     if not recipe.evaluate.tasks:
         raise RecipeError("evaluate.tasks: got none, so there is nothing to evaluate; name one, such as evaluate.tasks=[perplexity]")
     if dry_run:
-        console.print(f"would evaluate {', '.join(recipe.evaluate.tasks)} into {eval_dir}")
+        _say(console, f"would evaluate {', '.join(recipe.evaluate.tasks)} into {eval_dir}")
         return
     if eval_dir.is_dir() and not overwrite:
         raise ConflictError(f"{eval_dir}: holds an evaluation already; --overwrite replaces it")
@@ -107,7 +109,7 @@ def evaluate(recipe: Recipe, *, run_dir: Path, overwrite: bool, dry_run: bool, c
         summary = ask(model, "tuned")
         compared = compare_files(aside, seed=recipe.train.seed) if baseline else None
     console.print(comparison_table(compared) if compared else summary_table(summary, label="tuned"))
-    _wrote(console, eval_dir, then=f"nemotune report {run_dir}")
+    _wrote(console, eval_dir, then=f"nemotune report {quote(str(run_dir))}")
 
 
 def merge(recipe: Recipe, *, run_dir: Path, output: Path | None, overwrite: bool, dry_run: bool, console: Console) -> None:
@@ -124,18 +126,18 @@ def merge(recipe: Recipe, *, run_dir: Path, output: Path | None, overwrite: bool
     if base.resolve().is_relative_to(target.resolve()):
         raise ConflictError(f"--output: {target} holds the base, which --overwrite does not replace; name another directory")
     if dry_run and not any(base.glob("*.safetensors")):
-        console.print(f"would download the weights of {recipe.model.path} and write {target}")
+        _say(console, f"would download the weights of {recipe.model.path} and write {target}")
         return
     planned = plan_merge(base, adapter)
     size = f"{planned.write.num_bytes / 1e9:.2f} GB, {len(planned.updates)} of {len(planned.write.tensors)} tensors updated"
     if dry_run:
-        console.print(f"would write {target}: {size}")
+        _say(console, f"would write {target}: {size}")
         return
     with progress("merging", total=planned.write.num_bytes) as advance:
         verified = merge_files(base, adapter, target, overwrite=overwrite, done=advance)
-    console.print(f"merged: {size}")
-    console.print(f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")
-    _wrote(console, target, then=f"vllm serve {target}")
+    _say(console, f"merged: {size}")
+    _say(console, f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")
+    _wrote(console, target, then=f"vllm serve {quote(str(target))}")
 
 
 def report(run_dir: Path, *, console: Console) -> None:
@@ -152,7 +154,7 @@ def _prepare(recipe: Recipe, run_dir: Path, *, show: int, overwrite: bool, conso
     if not is_begun(run_dir):
         record(recipe, run_dir, fingerprint=prepared.fingerprint)
     preview.show(prepared, tokenizer, console, samples=show)
-    _wrote(console, run_dir / "data", then=f"nemotune train {run_dir}")
+    _wrote(console, run_dir / "data", then=f"nemotune train {quote(str(run_dir))}")
     return prepared
 
 
@@ -160,13 +162,13 @@ def _train(recipe: Recipe, prepared: Prepared, run_dir: Path, *, resume: bool, o
     """Train and keep the outcome; what an earlier outcome was evaluated, merged and reported as is removed."""
     notes = Console(stderr=True, soft_wrap=True)
     if resume and not is_begun(run_dir):
-        notes.print(f"nothing to resume in {run_dir}: begins with step 1")
+        _say(notes, f"nothing to resume in {run_dir}: begins with step 1")
     open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
     result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=notes)
     discard(run_dir, FROM_TRAINED)
     ended = "stopped early" if result.stopped_early else "finished"
     console.print(f"{ended} after {result.steps} steps; the {result.weights} weights are kept")
-    _wrote(console, run_dir / native.trained_name(recipe), then=f"nemotune eval {run_dir}")
+    _wrote(console, run_dir / native.trained_name(recipe), then=f"nemotune eval {quote(str(run_dir))}")
 
 
 def _refuse_target(target: Path) -> None:
@@ -189,4 +191,9 @@ def _prepared(run_dir: Path) -> Prepared:
 
 
 def _wrote(console: Console, path: Path, *, then: str) -> None:
-    console.print(f"[green]wrote[/] {path}   next: [bold]{then}[/]", soft_wrap=True)
+    console.print(f"[green]wrote[/] {escape(str(path))}   next: [bold]{escape(then)}[/]", soft_wrap=True, highlight=False)
+
+
+def _say(console: Console, text: str) -> None:
+    """A line as it is: paths are neither wrapped nor read as markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -36,6 +36,11 @@ def test_plain_preview_marks_the_trained_tokens(prepared, tokenizer):
     assert "up to        32 " in text
 
 
+def test_name_of_a_template_is_no_markup(prepared, tokenizer):
+    prepared.stats["template"] = "mine[/1].jinja"
+    assert "template: mine[/1].jinja" in printed(prepared, tokenizer)
+
+
 def test_coloured_preview_highlights_the_same_tokens(prepared, tokenizer):
     shown = tokens_shown(prepared.train[0], tokenizer)
     green = "".join(shown.plain[span.start : span.end] for span in shown.spans if "green" in str(span.style))

@@ -64,6 +64,13 @@ def test_rows_are_counted_in_a_log_too(clock, capsys):
     ]
 
 
+def test_names_with_brackets_are_no_markup(clock, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with data_progress.progress("reading rows[/1].jsonl", total=2) as advance:
+        advance(1)
+    assert "rows[/1].jsonl" in capsys.readouterr().err
+
+
 def test_work_whose_first_item_takes_long_says_so(clock, capsys):
     with data_progress.progress("tool calls, base", total=40) as advance:
         for count in (0, 0, 2):

@@ -131,6 +131,16 @@ def test_a_recipe_without_tasks_runs_to_its_report_and_is_no_evaluation(recipe, 
         stages.evaluate(recipe, **options(tmp_path / "run"))
 
 
+def test_odd_paths_are_told_as_they_are_and_quoted_in_what_to_type_next(recipe, tmp_path, trained_at_once, capsys):
+    odd, console = tmp_path / "my [red] run", Console(width=40)
+    stages.run(recipe, resume=False, **options(odd, dry_run=True, console=console))
+    stages.data(recipe, show=0, **options(odd, dry_run=True, console=console))
+    stages.train(recipe, resume=False, **options(odd, console=console))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "wr" in line or "would" in line]
+    assert len(lines) == 3 and all("my [red] run" in line for line in lines)
+    assert lines[-1] == f"wrote {odd / 'adapter'}   next: nemotune eval '{odd}'"
+
+
 def mine(directory):
     """A directory of the user's own with a file in it."""
     directory.mkdir(parents=True)
