@@ -41,4 +41,5 @@ def _full(block: nn.Module, *args: Any, **options: Any) -> Tensor:
 
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = operator in KEPT or operator.name() == "torch_attn::_varlen_attn"  # by name: it exists once attention on CUDA has run
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
