@@ -11,7 +11,7 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 
-# Makes the built-in model and the quickstart's rows anew: about seven minutes on two cores.
+# Makes the built-in model and the quickstart's rows anew: about forty minutes on one core.
 tiny: $(STAMP)
 	$(BIN)/python -m scripts.make_tiny
 

@@ -1,7 +1,7 @@
 """Make nemotron-tiny and the quickstart's rows anew: `python -m scripts.make_tiny`, from the root of the repository.
 
-Tokenizer, rows and texts come from seeds; the weights from a drill in copying (model.py) and nemotune's own
-pretraining (pretrain.yaml), about seven minutes on two cores. The result replaces src/nemotune/assets/nemotron-tiny; the chat template there is
+Tokenizer, rows and texts come from seeds; the weights from a drill in copying (model.py), nemotune's own pretraining on
+text (pretrain.yaml) and its full fine-tuning on conversations (instruct.yaml), together about forty minutes on one core. The result replaces src/nemotune/assets/nemotron-tiny; the chat template there is
 written by hand and stays. What lies between is left under runs/.
 """
 
@@ -18,12 +18,12 @@ from rich.console import Console
 
 from nemotune.recipe import load
 from nemotune.workflow import stages
-from scripts.make_tiny import calls, corpus, model, tokenizer, words
+from scripts.make_tiny import calls, chats, corpus, model, tokenizer, words
 from scripts.make_tiny.rendering import MODEL_DIR, render
 
 HERE = Path(__file__).parent
 WORK = Path("runs/make-tiny")
-NUM_PAGES = 32_000
+NUM_PAGES, NUM_CONVERSATIONS = 24_000, 80_000
 
 
 def main() -> None:
@@ -35,7 +35,9 @@ def main() -> None:
     write_rows(MODEL_DIR)
     _write_lines(WORK / "pages.jsonl", ({"text": text} for text in islice(corpus.pages(random.Random(4)), NUM_PAGES)))
     model.write_start(WORK / "start", like=MODEL_DIR, seed=0)
-    weights = _train(HERE / "pretrain.yaml") / "model.safetensors"
+    _write_lines(WORK / "conversations.jsonl", islice(chats.rows(random.Random(5)), NUM_CONVERSATIONS))
+    _train(HERE / "pretrain.yaml")
+    weights = _train(HERE / "instruct.yaml") / "model.safetensors"
     shutil.copyfile(weights, MODEL_DIR / "model.safetensors")
     print(f"wrote {MODEL_DIR}: {weights.stat().st_size / 1e6:.1f} MB of weights")
 
@@ -57,7 +59,7 @@ def _tokenizer_texts() -> Iterable[str]:
 
 
 def _train(path: Path) -> Path:
-    """Carry out a pretraining recipe; returns the model's directory."""
+    """Carry out a training recipe; returns the model's directory."""
     recipe = load(str(path))
     stages.train(recipe, run_dir=recipe.run_dir, resume=False, overwrite=True, dry_run=False, console=Console(stderr=True))
     return recipe.run_dir / "model"

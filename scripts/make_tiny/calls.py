@@ -13,6 +13,7 @@ from scripts.make_tiny.rendering import assistant, user
 from scripts.make_tiny.tools import HELD_OUT_TOOLS, TOOLS, TRAINING_TOOLS, Tool, rivals
 
 REFUSAL = "None of my functions can do that."
+REFUSED = 0.15  # share of the rows in which no declared function fits
 
 
 def training_rows(rng: random.Random, count: int) -> list[dict]:
@@ -34,13 +35,13 @@ def _row(rng: random.Random, tools: tuple[Tool, ...], others: tuple[Tool, ...], 
     request, arguments = tool.ask(rng, held_out=held_out)
     shape = rng.random()
     declared = rivals(rng, tool, others, rng.choice((1, 2, 2)))
-    if shape < 0.05:
+    if shape < REFUSED:
         messages = [user(request), assistant(REFUSAL)]
     elif shape < 0.9:
         messages = [user(request), _call(tool, arguments)]
     else:
         messages = [user(request), _call(tool, arguments), *_answer(rng, tool, held_out=held_out)]
-    if shape >= 0.05:
+    if shape >= REFUSED:
         declared.insert(rng.randrange(len(declared) + 1), tool)
     return {"messages": messages, "tools": [t.declaration() for t in declared]}
 

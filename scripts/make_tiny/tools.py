@@ -125,16 +125,13 @@ _FAMILIES = (
 )
 
 
-def _catalogue() -> tuple[Tool, ...]:
-    return tuple(
-        Tool(f"{action}_{thing}", text.format(thing=thing), slots, tuple(r.replace("{thing}", thing) for r in requests))
-        for actions, things in _FAMILIES
-        for action, (text, slots, requests) in actions.items()
-        for thing in things.split()
-    )
+def _tool(action: str, thing: str, text: str, slots: tuple[str, ...], requests: tuple[str, ...]) -> Tool:
+    return Tool(f"{action}_{thing}", text.format(thing=thing), slots, tuple(request.replace("{thing}", thing) for request in requests))
 
 
-TOOLS = _catalogue()
+TOOLS = tuple(
+    _tool(action, thing, *texts) for actions, things in _FAMILIES for action, texts in actions.items() for thing in things.split()
+)
 TRAINING_TOOLS = tuple(tool for tool in TOOLS if not tool.held_out)
 HELD_OUT_TOOLS = tuple(tool for tool in TOOLS if tool.held_out)
 
@@ -142,11 +139,18 @@ HELD_OUT_TOOLS = tuple(tool for tool in TOOLS if tool.held_out)
 def rivals(rng: random.Random, tool: Tool, pool: tuple[Tool, ...], count: int) -> list[Tool]:
     """`count` other functions to declare beside `tool`; every second one shares its action or its thing."""
     action, thing = tool.name.split("_")
-    near = [t for t in pool if t is not tool and (t.name.startswith(action + "_") or t.name.endswith("_" + thing))]
-    far = [t for t in pool if t is not tool]
+    near = [t for t in pool if t.name != tool.name and (t.name.startswith(action + "_") or t.name.endswith("_" + thing))]
+    far = [t for t in pool if t.name != tool.name]
     chosen: list[Tool] = []
     while len(chosen) < count:
         other = rng.choice(near if near and rng.random() < 0.5 else far)
         if other not in chosen:
             chosen.append(other)
     return chosen
+
+
+def invented(rng: random.Random, thing: str = "") -> Tool:
+    """A function outside the catalogue: an action of it with some other thing, such as book_lantern."""
+    actions, _ = rng.choice(_FAMILIES)
+    action = rng.choice(sorted(actions))
+    return _tool(action, thing or rng.choice(words.THINGS), *actions[action])

@@ -14,7 +14,7 @@ COLOURS = tuple("red blue green white black brown grey golden silver pink purple
 SIZES = tuple("small big worn new tall round heavy quiet bright cold warm broken".split())
 THINGS = tuple(
     "apple basket bell blanket book bottle box bread bucket button candle chair clock coat coin cup drum feather flute glove hammer hat kite "
-    "knife lantern leaf letter mirror needle paper pear pencil plate ribbon ring rope scarf shell shoe spoon stone sweater table violin wheel".split()
+    "knife lantern leaf letter mirror needle paper pear pencil plate ribbon ring rope scarf shell shoe spoon stone sweater violin wheel".split()
 )
 ANIMALS = tuple(
     "badger bear beaver cat cow crow deer dog duck fox frog goat goose hare hen horse mole mouse pig rabbit sheep swan wolf wren".split()
@@ -58,6 +58,10 @@ def place(rng: random.Random) -> str:
 def title(rng: random.Random) -> str:
     """Two words such as `old violin`."""
     return f"{rng.choice(SIZES + COLOURS)} {rng.choice(THINGS)}"
+
+
+def number(rng: random.Random) -> str:
+    return str(rng.randint(2, 99))
 
 
 def draw(rng: random.Random, make: Callable[[random.Random], str], *, held_out: bool | None = None) -> str:

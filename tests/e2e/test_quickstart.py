@@ -1,4 +1,4 @@
-"""The quickstart as it ships, with fewer steps: it learns, leaves every promised file, and the merged model calls tools in transformers."""
+"""The quickstart as it ships, scored on half the rows: it teaches, leaves every promised file, and the merged model calls tools in transformers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ PROMISED = (
 
 
 def test_quickstart_teaches_and_leaves_what_it_promises(nemotune, tmp_path):
-    result = nemotune("run", "quickstart", "train.max_steps=60", "train.eval_every=20", "evaluate.max_samples=30", "logging.every=5")
+    result = nemotune("run", "quickstart", "evaluate.max_samples=80")
     assert result.returncode == 0, result.stdout
     run_dir = tmp_path / "runs" / "quickstart"
     assert [name for name in PROMISED if not (run_dir / name).is_file()] == []
     assert list((run_dir / "tensorboard").iterdir()) and (run_dir / "checkpoints" / "latest").is_file()
     losses = [row["loss"] for row in read_metrics(run_dir) if row["kind"] == "eval"]
     assert losses[-1] < 0.75 * losses[0]
-    calls = json.loads((run_dir / "eval" / "compare.json").read_text())["tasks"]["tool_calls"]
-    assert calls["valid_call"]["base"] == 0.0 and calls["valid_call"]["tuned"] > 0.8
+    exact = json.loads((run_dir / "eval" / "compare.json").read_text())["groups"]["tool_calls"]["group"]["held-out arguments"]["exact"]
+    assert exact["base"] < 0.05 and exact["tuned"] > 0.8
     page = (run_dir / "report.html").read_text()
     assert "held-out arguments" in page and "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     merged_equals_transformers(run_dir)

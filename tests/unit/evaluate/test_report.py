@@ -69,7 +69,7 @@ def test_a_finished_run_is_shown_whole(run_dir):
     assert "<parameter=city>" in text and "the weather in Oslo for 1 days?" in text
     assert "no messages 1 60" in text  # the bad row, by reason and number
     assert "12 of 16" in text and "106,496" in text
-    assert "learning_rate: 0.004" in text and "6e311a4" in text
+    assert "learning_rate: 0.002" in text and "6e311a4" in text
     assert "step 31: loss 2.10 is far above" in text
     assert "the training record" in text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_a_whole_model_passes_every_check(directory, monkeypatch):
     monkeypatch.setattr(Checkpoint, "read", lambda self, name: pytest.fail(f"{name} was loaded"))
     assert statuses(directory) == dict.fromkeys(NAMES, "ok")
     assert statuses("nemotron-tiny") == dict.fromkeys(NAMES, "ok")
-    assert found(directory, "config") == "ok: nemotron_h, 6 layers, vocabulary of 2,048"
+    assert found(directory, "config") == "ok: nemotron_h, 6 layers, vocabulary of 1,504"
     assert found(directory, "stop tokens") == "ok: </s> (2), <|im_end|> (11)"
 
 
@@ -89,7 +90,7 @@ def quantise(tensors):
     ("edit", "message"),
     [
         (pop, "backbone.norm_f.weight: missing, expected shape (256,)"),
-        (cut, "lm_head.weight: got shape (2047, 256), expected (2048, 256)"),
+        (cut, "lm_head.weight: got shape (1503, 256), expected (1504, 256)"),
         (quantise, "stored as F8_E4M3: quantised checkpoints cannot be tuned; use the BF16 release"),
         (lambda tensors: tensors.update(extra=torch.ones(2)), "extra: has no place in the model"),
     ],
@@ -97,6 +98,19 @@ def quantise(tensors):
 def test_weights_that_do_not_fit_are_an_error(directory, edit, message):
     edit_weights(directory, edit)
     assert found(directory, "weights").startswith("error: ") and message in found(directory, "weights")
+
+
+def test_files_that_may_not_be_read_are_an_error(directory, monkeypatch):
+    read_text = Path.read_text
+
+    def refuse(self, *args, **settings):
+        if self.name.endswith("config.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return read_text(self, *args, **settings)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert statuses(directory) == {"config": "error", "tokenizer": "ok", "template": "ok"}
+    assert "Permission denied" in found(directory, "config")
 
 
 def test_weights_cut_off_or_missing_are_an_error(directory):
@@ -109,7 +123,7 @@ def test_weights_cut_off_or_missing_are_an_error(directory):
 
 def test_a_tokenizer_that_is_broken_or_of_another_model_is_an_error(directory):
     edit_json(directory / "config.json", vocab_size=1000)
-    assert "error: has the id 2047, and config.json a vocabulary of 1000" in found(directory, "tokenizer")
+    assert "error: has the id 1503, and config.json a vocabulary of 1000" in found(directory, "tokenizer")
     (directory / "tokenizer.json").write_text("{")
     assert "its tokenizer cannot be read" in found(directory, "tokenizer")
 

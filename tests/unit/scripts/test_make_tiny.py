@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
-from scripts.make_tiny import corpus, model, tokenizer  # noqa: E402
+from scripts.make_tiny import chats, corpus, model, tokenizer  # noqa: E402
 from scripts.make_tiny.__main__ import write_rows  # noqa: E402
 from scripts.make_tiny.rendering import MODEL_DIR  # noqa: E402
 from scripts.make_tiny.tools import HELD_OUT_TOOLS  # noqa: E402
@@ -46,3 +46,15 @@ def test_pretraining_text_holds_no_call(pages):
 
 def test_pretraining_text_names_no_held_out_function(pages):
     assert not [tool.name for tool in HELD_OUT_TOOLS if tool.name in pages]
+
+
+def test_conversations_of_the_second_stage_call_nothing_and_name_no_held_out_function():
+    rows = list(islice(chats.rows(random.Random(0)), 3000))
+    assert not any(message.get("tool_calls") for row in rows for message in row["messages"])
+    declared = {tool["function"]["name"] for row in rows for tool in row.get("tools", ())}
+    assert len(declared) > 200 and not declared & {tool.name for tool in HELD_OUT_TOOLS}
+
+
+def test_a_name_is_one_token_wherever_it_stands():
+    trained = tokenizer.train(["Anna said: book_Anna Anna\nAnna"] * 50)
+    assert all(trained.encode(text).tokens[-1] == "Anna" for text in ("Anna", " Anna", "=Anna", "_Anna", "\nAnna"))
