@@ -83,7 +83,6 @@ def test_fiqa(nemotune, small_nano, tmp_path):
 def test_glaive(nemotune, small_nano, tmp_path):
     rows = Path(DATA) / "data/glaive/raw_format_reconstructed_300.jsonl"
     changed = (
-        "model.quantization=none",
         "lora.targets=default",
         "export.gguf=[]",
         "train.global_batch_size=2",
@@ -91,6 +90,7 @@ def test_glaive(nemotune, small_nano, tmp_path):
     )
     result = nemotune("run", "glaive-nano-4b", f"model.path={small_nano}", f"data.train={rows}", *changed, *HERE)
     stats = went_through(result, tmp_path / "runs" / "glaive-nano-4b", rows=300)
+    assert "learned beside NF4 weights" in result.stdout
     assert sum(entry["count"] for entry in stats["sources"]["train"]["rejected"].values()) <= 3
 
 

@@ -29,7 +29,7 @@ def train(recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, co
     device = default_device()
     base = recipe.model
     model = load_model(
-        base.path, dtype=base.dtype, revision=base.revision, device=device, trainable=recipe.method != "lora",
+        base.path, dtype=base.dtype, revision=base.revision, device=device, quantization=base.quantization, trainable=recipe.method != "lora",
         random_seed=recipe.train.seed if base.weights == "random" else None,
     )  # fmt: skip
     keys = apply_lora(model, recipe.lora, seed=recipe.train.seed) if recipe.method == "lora" else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ class LoRALayer(nn.Module):
         self.scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
         self.probability, self.keys, self.module_id = lora.dropout, keys, zlib.crc32(name.encode())
         experts = (base.num_experts,) if isinstance(base, GroupedLinear) else ()
-        device = base.weight.device
+        device = next(chain(base.parameters(), base.buffers())).device
         self.lora_A = nn.Parameter(torch.empty(*experts, lora.rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(*experts, base.out_features, lora.rank, device=device))
         if device.type != "meta":

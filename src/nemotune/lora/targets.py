@@ -16,6 +16,7 @@ from nemotune.lora.dropout import DropoutKeys
 from nemotune.lora.layers import LoRALayer, wrap
 from nemotune.models.base import CausalLM
 from nemotune.models.layers import GroupedLinear, Linear
+from nemotune.models.quantize import quantized_parameters
 from nemotune.recipe import Lora
 
 NOT_BY_DEFAULT = re.compile(r"\.mixer\.out_proj$")  # PEFT refuses Mamba's out_proj: adapters of the default load everywhere
@@ -103,7 +104,8 @@ def coverage(model: CausalLM) -> Coverage:
         parameters = sum(p.numel() for layer in adapted for p in (layer.lora_A, layer.lora_B))
         layers = len({match[1] for name in names if (match := re.search(r"\.layers\.(\d+)\.", name))})
         rows.append(CoverageRow(block_type, layers, len(names), len(adapted), parameters, parameters * torch.float32.itemsize))
-    return Coverage(tuple(rows), sum(p.numel() for name, p in model.named_parameters() if not _is_adapter(name)))
+    wide = sum(p.numel() for name, p in model.named_parameters() if not _is_adapter(name))
+    return Coverage(tuple(rows), wide + quantized_parameters(model))
 
 
 def _is_adapter(name: str) -> bool:

@@ -22,6 +22,7 @@ from nemotune.models.initialize import initialize
 from nemotune.models.llama import Llama
 from nemotune.models.locate import locate
 from nemotune.models.nemotron_h import NemotronH
+from nemotune.models.quantize import is_quantized, quantize_modules
 from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
 from nemotune.weights.dtypes import NAMES
 from nemotune.weights.mapping import Piece, pieces_of
@@ -32,6 +33,7 @@ HEAD = "lm_head.weight"
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "LICENSE*", "NOTICE*")
 
 Dtype = Literal["bfloat16", "float32"]
+Quantization = Literal["none", "nf4"]
 
 
 def build_model(config: NemotronHConfig | LlamaConfig) -> CausalLM:
@@ -49,14 +51,17 @@ def load_model(
     dtype: Dtype = "bfloat16",
     revision: str | None = None,
     device: str = "cpu",
+    quantization: Quantization = "none",
     trainable: bool = False,
     random_seed: int | None = None,
 ) -> CausalLM:
     """The model at `path` (directory, hub id or built-in name), computing in `dtype`.
 
-    It is in evaluation mode. Weights are held in `dtype`, in fp32 where the family asks for it and everywhere if `trainable`. With `random_seed` the
-    weights are drawn instead of read, and the directory needs no shards. Raises MissingFileError, CheckpointError.
+    It is in evaluation mode. Weights are held in `dtype`, in fp32 where the family asks for it and everywhere if `trainable`; with
+    `quantization` nf4 the linear layers and experts are quantised as they are read (quantize.py). With `random_seed` the weights are
+    drawn instead, and the directory needs no shards. Raises MissingFileError, CheckpointError.
     """
+    assert quantization == "none" or not (trainable or random_seed is not None), "NF4 is for frozen weights that were read"
     directory = locate(path, revision, weights=random_seed is None)
     config = read_config(directory)
     model = build_model(config)
@@ -65,10 +70,17 @@ def load_model(
     if random_seed is None:
         model.source = Checkpoint(directory)
         check_weights(model, model.source)
-    for name, meta in _state(model).items():
+    wanted = _state(model)
+    quantized = quantize_modules(model, device=device) if quantization == "nf4" else {}
+    for name, meta in wanted.items():
+        if name in quantized:
+            for piece, value in _stored(name, meta.shape, model):
+                quantized[name].fill(value, piece.index)
+            continue
         tensor = torch.empty(meta.shape, dtype=torch.float32 if model.stays_fp32(name) else held_dtype, device=device)
         if model.source is not None:
-            _fill(tensor, name, model, model.source)
+            for piece, value in _stored(name, meta.shape, model):
+                (tensor if piece.index is None else tensor[piece.index]).copy_(value)
         _assign(model, name, tensor)
     if config.tie_word_embeddings:
         model.tie_head()
@@ -79,6 +91,7 @@ def load_model(
 
 def save_model(model: CausalLM, directory: str | Path, *, overwrite: bool = False) -> None:
     """Write the model as a Hugging Face directory: the source's names, dtypes, shards and side files, the model's values."""
+    assert not is_quantized(model), "a quantised model is never saved: merge its adapter onto the wide base"
     directory = Path(directory)
     pieces = dict(disk_pieces(model))
     plan = _write_plan(model, pieces)
@@ -177,12 +190,14 @@ def _check_copied_head(model: CausalLM, source: Checkpoint) -> None:
         )
 
 
-def _fill(tensor: Tensor, name: str, model: CausalLM, source: Checkpoint) -> None:
-    for piece in pieces_of(name, tensor.shape, model.stacks):
-        value = source.read(_disk_name(piece, model))
+def _stored(name: str, shape: torch.Size, model: CausalLM) -> Iterator[tuple[Piece, Tensor]]:
+    """The tensors on disk that make up `name`, one at a time."""
+    assert model.source is not None
+    for piece in pieces_of(name, shape, model.stacks):
+        value = model.source.read(_disk_name(piece, model))
         if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
             raise UnsupportedError(f"{name}: stored as {NAMES[value.dtype]}; quantised checkpoints cannot be tuned, use the BF16 release")
-        (tensor if piece.index is None else tensor[piece.index]).copy_(value)
+        yield piece, value
 
 
 def _assign(model: CausalLM, name: str, tensor: Tensor) -> None:

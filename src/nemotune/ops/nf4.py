@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotune.ops.experts import grouped_linear
+
 BLOCK, SCALE_BLOCK = 64, 256
 CODEBOOK = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -51,7 +53,7 @@ def empty(shape: tuple[int, ...], *, device: torch.device | str | None = None) -
         torch.empty(*stack, n // 2, dtype=torch.uint8, device=device),
         torch.empty(*stack, num_blocks, dtype=torch.uint8, device=device),
         torch.empty(*stack, -(-num_blocks // SCALE_BLOCK), device=device),
-        torch.empty(*stack, device=device),
+        torch.empty(tuple(stack), device=device),
     )
 
 
@@ -69,9 +71,9 @@ def quantize(weight_OI: Tensor) -> NF4:
     return NF4((codes[::2] << 4) | codes[1::2], absmax_codes, scales, offset)
 
 
-def dequantize(quantized: NF4, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The matrix [O, I] in `dtype`: fp32 products, rounded once."""
-    codes, absmax = quantized.codes, block_absmax(quantized)
+def dequantize(quantized: NF4, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The matrix [O, I], or the stack [E, O, I], in `dtype`: fp32 products, rounded once."""
+    codes, absmax = quantized.codes, block_absmax(quantized).flatten()
     pairs = _pairs(codes.device)
     weight = torch.empty(codes.numel() // (BLOCK // 2), BLOCK, dtype=dtype, device=codes.device)
     rows = _AT_ONCE // BLOCK if codes.device.type == "cpu" else len(weight)
@@ -83,10 +85,10 @@ def dequantize(quantized: NF4, shape: tuple[int, int], dtype: torch.dtype) -> Te
 
 
 def block_absmax(quantized: NF4) -> Tensor:
-    """The largest magnitude of each block of 64, fp32 [n / 64]."""
+    """The largest magnitude of each block of 64, fp32 [..., n / 64]."""
     values = dynamic_codebook(quantized.absmax.device)[quantized.absmax.int()]
-    scales = quantized.scales.repeat_interleave(SCALE_BLOCK)[: values.numel()]
-    return values * scales + quantized.offset
+    scales = quantized.scales.repeat_interleave(SCALE_BLOCK, dim=-1)[..., : values.shape[-1]]
+    return values * scales + quantized.offset.unsqueeze(-1)
 
 
 def nf4_linear(x: Tensor, quantized: NF4, shape: tuple[int, int]) -> Tensor:
@@ -105,6 +107,34 @@ class _NF4Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         return grad @ dequantize(NF4(*ctx.saved_tensors), ctx.shape, grad.dtype), None, None, None, None, None
+
+
+def nf4_grouped_linear(x_MI: Tensor, quantized: NF4, shape: tuple[int, int, int], ends_E: Tensor) -> Tensor:
+    """`grouped_linear` over a quantised stack [E, O, I]: [M, O] in the dtype of x; its backward dequantises anew."""
+    return _NF4GroupedLinear.apply(x_MI, shape, ends_E, *quantized)  # type: ignore[no-any-return]
+
+
+class _NF4GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MI: Tensor, shape: tuple[int, int, int], ends_E: Tensor, *fields: Tensor) -> Tensor:
+        ctx.shape = shape
+        ctx.save_for_backward(ends_E, *fields)
+        weights, ends = _reached(NF4(*fields), shape, ends_E, x_MI)
+        return grouped_linear(x_MI, weights, ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_MO,), (ends_E, *fields) = grads, ctx.saved_tensors
+        weights, ends = _reached(NF4(*fields), ctx.shape, ends_E, grad_MO)
+        return grouped_linear(grad_MO, weights.transpose(1, 2), ends), *([None] * 6)
+
+
+def _reached(quantized: NF4, shape: tuple[int, int, int], ends_E: Tensor, rows_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices of the experts that have rows, and where those end. On CUDA all of them, unless most cannot have any: asking is a sync."""
+    if rows_M.is_cuda and len(rows_M) >= shape[0]:
+        return dequantize(quantized, shape, rows_M.dtype), ends_E
+    used = ends_E.diff(prepend=ends_E.new_zeros(1)).nonzero().squeeze(1)
+    return dequantize(NF4(*(field[used] for field in quantized)), (len(used), *shape[1:]), rows_M.dtype), ends_E[used]
 
 
 def _quantize_scales(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,16 @@ Memory of activations is not part of it: it depends on the batch's lengths, and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.filesize import decimal
 from rich.table import Table
+from torch import Tensor
 
 from nemotune.lora import Coverage, apply_lora, coverage
-from nemotune.models import build_model, locate, read_config
+from nemotune.models import CausalLM, build_model, locate, read_config
+from nemotune.models.quantize import quantize_modules
 from nemotune.recipe import Recipe
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # two moments per trained parameter (8-bit: plus 4 bytes per block of 256)
@@ -35,20 +38,32 @@ class Cost:
 def estimate(recipe: Recipe) -> Cost:
     """The cost of `recipe`. Needs config.json alone; raises RecipeError for LoRA targets that match nothing."""
     model = build_model(read_config(locate(recipe.model.path, recipe.model.revision, weights=False)))
-    base = sum(p.numel() for p in model.parameters())
-    frozen_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
+    if recipe.model.quantization == "nf4":
+        quantize_modules(model, device="meta")
+    model.requires_grad_(recipe.method != "lora")
     if recipe.method == "lora":
         apply_lora(model, recipe.lora)
-    covered = coverage(model)
-    trained = covered.parameters if recipe.method == "lora" else base
-    frozen = base if recipe.method == "lora" else 0
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Cost(
-        coverage=covered,
+        coverage=coverage(model),
         trained_parameters=trained,
-        weight_bytes=frozen * frozen_bytes + trained * 4,
+        weight_bytes=sum(_held_bytes(name, tensor, model, recipe) for name, tensor in held_tensors(model)),
         gradient_bytes=trained * 4,
         optimizer_bytes=trained * OPTIMIZER_BYTES[recipe.train.optimizer],
     )
+
+
+def held_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Everything that stays in memory, by name: parameters, once each, and buffers."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _held_bytes(name: str, tensor: Tensor, model: CausalLM, recipe: Recipe) -> int:
+    """As loading holds it: what is trained and what the family asks for in fp32, NF4 as it is, the rest in model.dtype."""
+    if tensor.requires_grad or model.stays_fp32(name) or ".nf4_" in name:
+        return tensor.numel() * tensor.element_size()
+    return tensor.numel() * (2 if recipe.model.dtype == "bfloat16" else 4)
 
 
 def cost_line(cost: Cost) -> str:

@@ -47,9 +47,6 @@ LIMITS = (
     Limit(
         "data.format", "megatron (.bin/.idx blends)", "data.format=text with the documents as JSON lines", _DATA, lambda v: v == "megatron"
     ),
-    Limit(
-        "model.quantization", "nf4 (a 4-bit base)", "model.quantization=none, which needs the base in bf16", _MODEL, lambda v: v != "none"
-    ),
     Limit("lora.dora", "DoRA", "lora.dora=false", _TRAIN, bool),
     Limit("train.compile", "torch.compile", "train.compile=false", _TRAIN, bool),
     Limit("train.deadline", "a time to stop at", "train.deadline=null and --resume after an interruption", _TRAIN, lambda v: v is not None),

@@ -137,6 +137,8 @@ def merge(recipe: Recipe, *, run_dir: Path, output: Path | None, overwrite: bool
         verified = merge_files(base, adapter, target, overwrite=overwrite, done=advance)
     _say(console, f"merged: {size}")
     _say(console, f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")
+    if recipe.model.quantization == "nf4":
+        _say(console, "the adapter learned beside NF4 weights and was merged onto the wide ones: evaluate the merged model before it serves")
     _wrote(console, target, then=f"vllm serve {quote(str(target))}")
 
 
@@ -181,7 +183,7 @@ def _refuse_target(target: Path) -> None:
 
 def _base(recipe: Recipe) -> CausalLM:
     base = recipe.model
-    return load_model(base.path, dtype=base.dtype, revision=base.revision, device=native.default_device())
+    return load_model(base.path, dtype=base.dtype, revision=base.revision, device=native.default_device(), quantization=base.quantization)
 
 
 def _prepared(run_dir: Path) -> Prepared:

@@ -81,7 +81,7 @@ def test_misspelt_verb_suggests_the_nearest(command: Command, typed: str, meant:
         (["data", "quickstart", "data.formt=chat"], ["data.formt: unknown key. Did you mean 'format'?"]),
         (["plan", "none.yaml"], ["recipe: no file 'none.yaml' here"]),
         (["train", "quickstart", "train.epochs=x", "lora.rnk=1"], ["lora.rnk: unknown key. Did you mean 'rank'?", "train.epochs: got 'x', expected"]),
-        (["run", "glaive-nano-4b"], ["model.quantization: not built yet: nf4"]),
+        (["run", "glaive-nano-4b", "export.gguf=[q4_k_m]"], ["export.gguf: not built yet: f16"]),
         (["run", "medmcqa-nano-30b"], ["parallel: not built yet: more than one process"]),
     ],
 )  # fmt: skip
@@ -126,7 +126,7 @@ def test_recipes_list_names_every_recipe_and_what_it_waits_for(command: Command)
     done = command("recipes", "list")
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
     assert all(name in rows for name in builtin_names())
-    assert "runs today" in rows["quickstart"] and "model.quantization" in rows["glaive-nano-4b"]
+    assert "runs today" in rows["quickstart"] and "parallel" in rows["medmcqa-nano-30b"]
 
 
 def test_recipes_show_prints_what_is_written_or_resolved(command: Command) -> None:

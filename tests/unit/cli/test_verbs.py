@@ -79,10 +79,10 @@ def test_data_and_merge_options_reach_their_stages(asked: list[tuple[str, dict[s
 
 
 def test_finetune_is_the_function_calling_recipe_in_short(asked: list[tuple[str, dict[str, Any]]]) -> None:
-    typed("--max-samples", "1000", "--merge", "model.quantization=none", application=finetune.app)
+    typed("--max-samples", "1000", "--merge", application=finetune.app)
     [(called, arguments)] = asked
     assert called == "run"
-    assert arguments["recipe"] == load("glaive-nano-4b", ["data.max_samples=1000", "export.merged=true", "model.quantization=none"])
+    assert arguments["recipe"] == load("glaive-nano-4b", ["data.max_samples=1000", "export.merged=true"])
     assert arguments["run_dir"] == Path("runs/glaive-nano-4b")
 
 
@@ -95,7 +95,6 @@ def test_finetune_takes_model_data_and_output(asked: list[tuple[str, dict[str, A
         "--output",
         "here",
         "data.format=chat",
-        "model.quantization=none",
         application=finetune.app,
     )
     arguments = asked[0][1]
@@ -110,4 +109,4 @@ def test_finetune_takes_model_data_and_output(asked: list[tuple[str, dict[str, A
 def test_finetune_is_refused_as_run_is() -> None:
     done = CliRunner().invoke(finetune.app, ["--merge", "--gguf", "q4_k_m"])
     assert isinstance(done.exception, NemotuneError)
-    assert [line.split(":")[0] for line in str(done.exception).splitlines()] == ["model.quantization", "export.gguf"]
+    assert [line.split(":")[0] for line in str(done.exception).splitlines()] == ["export.gguf"]

@@ -77,15 +77,42 @@ def test_a_matrix_dequantised_in_pieces_is_the_matrix(monkeypatch):
     assert torch.equal(nf4.dequantize(quantized, (96, 192), torch.bfloat16), whole)
 
 
-def test_experts_are_matrices_of_their_own():
-    weights = torch.randn(3, 32, 64)
-    stack = nf4.empty((3, 32, 64))
-    for i, weight in enumerate(weights):
+def quantized_stack(weights_EOI: torch.Tensor) -> nf4.NF4:
+    stack = nf4.empty(tuple(weights_EOI.shape))
+    for i, weight in enumerate(weights_EOI):
         for field, value in zip(stack.at(i), nf4.quantize(weight), strict=True):
             field.copy_(value)
-    assert torch.equal(
-        nf4.dequantize(stack.at(1), (32, 64), torch.float32), nf4.dequantize(nf4.quantize(weights[1]), (32, 64), torch.float32)
-    )
+    return stack
+
+
+def test_experts_are_matrices_of_their_own():
+    weights = torch.randn(3, 40, 64)
+    stack = quantized_stack(weights)
+    expected = torch.stack([nf4.dequantize(nf4.quantize(weight), (40, 64), torch.float32) for weight in weights])
+    assert torch.equal(nf4.dequantize(stack, (3, 40, 64), torch.float32), expected)
+    assert torch.equal(nf4.dequantize(stack.at(1), (40, 64), torch.float32), expected[1])
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2, 4], [0, 9, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+def test_grouped_product_and_gradient_are_those_of_the_dequantised_stack(counts):
+    stack = quantized_stack(torch.randn(4, 40, 64))
+    ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    x = torch.randn(sum(counts), 64, requires_grad=True)
+    y = nf4.nf4_grouped_linear(x, stack, (4, 40, 64), ends)
+    y.square().sum().backward()
+    wide = nf4.dequantize(stack, (4, 40, 64), torch.float32)
+    expected = x.detach().clone().requires_grad_()
+    reference = torch.cat([part @ weight.T for part, weight in zip(expected.split(counts), wide, strict=True)])
+    reference.square().sum().backward()
+    torch.testing.assert_close(y, reference)
+    torch.testing.assert_close(x.grad, expected.grad)
+
+
+def test_experts_without_rows_are_not_dequantised(monkeypatch):
+    stack, shapes, dequantize = quantized_stack(torch.randn(4, 40, 64)), [], nf4.dequantize
+    monkeypatch.setattr(nf4, "dequantize", lambda q, shape, dtype: shapes.append(shape) or dequantize(q, shape, dtype))
+    nf4.nf4_grouped_linear(torch.randn(5, 64), stack, (4, 40, 64), torch.tensor([0, 5, 5, 5], dtype=torch.int32))
+    assert shapes == [(1, 40, 64)]
 
 
 @pytest.mark.parametrize("make", [nf4.empty, lambda shape: nf4.quantize(torch.zeros(shape))])

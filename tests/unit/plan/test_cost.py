@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from random_models import make
@@ -12,10 +14,17 @@ from nemotune.models import load_model
 from nemotune.plan.cost import cost_line, estimate
 from nemotune.recipe import Recipe
 
+DATA = os.environ.get("NEMOTUNE_TEST_DATA")
+
 
 def recipe(path, **changes):
     tree = {"name": "x", "model": {"path": str(path), "dtype": "bfloat16"}, "data": {"format": "chat", "train": "rows.jsonl"}}
     return Recipe.model_validate({**tree, **changes})
+
+
+def held_bytes(model):
+    """The bytes of everything in memory: parameters, once each, and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
 @pytest.fixture
@@ -31,17 +40,38 @@ def test_lora_costs_frozen_weights_and_fp32_adapters(hybrid, optimizer, moments)
     (config_only / "config.json").write_text((hybrid / "config.json").read_text())
     cost = estimate(recipe(config_only, lora={"rank": 4}, train={"optimizer": optimizer}))
     model = load_model(hybrid, dtype="bfloat16")
-    base = sum(p.numel() for p in model.parameters())
     apply_lora(model, recipe(hybrid, lora={"rank": 4}).lora)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert cost.trained_parameters == cost.coverage.parameters == trained
-    assert (cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes) == (2 * base + 4 * trained, 4 * trained, moments * trained)
+    assert (cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes) == (held_bytes(model), 4 * trained, moments * trained)
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "latent", "llama_biased", "llama_tied"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_weights_cost_what_a_loaded_model_holds(tmp_path, variant, quantization):
+    make(variant).save_pretrained(tmp_path / "hf")
+    asked = recipe(tmp_path / "hf", model={"path": str(tmp_path / "hf"), "quantization": quantization})
+    cost, model = estimate(asked), load_model(tmp_path / "hf", quantization=quantization)
+    base_parameters = sum(p.numel() for p in load_model(tmp_path / "hf").parameters())
+    apply_lora(model, asked.lora)
+    assert cost.weight_bytes == held_bytes(model) and cost.coverage.base_parameters == base_parameters
+
+
+@pytest.mark.skipif(not DATA, reason="NEMOTUNE_TEST_DATA is not set")
+def test_nano_30b_at_four_bits_leaves_room_on_24_gb(tmp_path):
+    source = Path(DATA) / "data/nemotron/configs/NVIDIA-Nemotron-3-Nano-30B-A3B.config.VERBATIM.json"
+    (tmp_path / "config.json").write_bytes(source.read_bytes())
+    lora = {"rank": 16, "targets": ["attention", "mamba", "shared_experts"]}
+    cost = estimate(recipe(tmp_path, model={"path": str(tmp_path), "quantization": "nf4"}, lora=lora, train={"optimizer": "adamw_8bit"}))
+    assert cost.coverage.base_parameters == 31_577_937_344
+    assert cost.total_bytes == 17_487_630_876  # 6.5 GB are left for activations
 
 
 def test_full_tuning_costs_fp32_everywhere(hybrid):
-    parameters = sum(p.numel() for p in load_model(hybrid).parameters())
+    model = load_model(hybrid)
+    parameters, buffers = (sum(t.numel() for t in tensors) for tensors in (model.parameters(), model.buffers()))
     cost = estimate(recipe(hybrid, method="full"))
-    assert cost.trained_parameters == parameters and cost.total_bytes == 16 * parameters
+    assert cost.trained_parameters == parameters and cost.total_bytes == 16 * parameters + 4 * buffers
     assert f"together {cost.total_bytes / 1000:,.1f} kB" in cost_line(cost)
 
 
