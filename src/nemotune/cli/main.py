@@ -7,6 +7,7 @@ A verb's module is imported when it is named (`--help` asks each for its first l
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -63,6 +64,7 @@ def _nemotune(
 
 def guarded(application: typer.Typer) -> None:
     """Run the application on the command line and exit: with 2 and a readable block where the user can mend it, with 130 when interrupted."""
+    _spin_briefly()
     words = sys.argv[1:]
     try:
         application([word for word in words if word != "--debug"])
@@ -76,6 +78,15 @@ def guarded(application: typer.Typer) -> None:
         if stop.code == 130:
             typer.echo("Interrupted. The same command with --resume goes on from the last checkpoint of a training run.", err=True)
         raise
+
+
+def _spin_briefly() -> None:
+    """Before torch is loaded: let OpenMP's threads wait for one another by spinning for microseconds, where GNU's default is milliseconds.
+
+    Quickstart on two cores, seconds a step: 0.27 either way; beside another busy process 0.7 against 2.8. (OMP_WAIT_POLICY=PASSIVE: 0.34 and 0.4.)
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def _words_of(error: NemotuneError | OSError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import nemotune
-from nemotune.cli.main import MODULES, VERBS
+from nemotune.cli.main import MODULES, VERBS, guarded
 from nemotune.recipe import builtin_names, dump, json_schema, load
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -120,6 +121,20 @@ def test_interrupt_exits_130_with_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "Interrupted. The same command with --resume goes on from the last checkpoint of a training run.\n"
+
+
+@pytest.mark.parametrize(
+    "set_before, spins",
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    ids=["unset", "count", "policy"],
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(
+    set_before: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", set_before)
+    guarded(lambda words: found.update(os.environ))
+    assert found.get("GOMP_SPINCOUNT") == spins
 
 
 def test_recipes_list_names_every_recipe_and_what_it_waits_for(command: Command) -> None:
