@@ -45,7 +45,8 @@ class _Rate(ProgressColumn):
 def progress(description: str, *, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Yield a function that moves on by a number of rows; without a total it counts and spins."""
     console, clock, done = Console(stderr=True, soft_wrap=True, highlight=False), Clock(), 0
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    what = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), what, BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
 
     def advance(rows: int) -> None:
         nonlocal done

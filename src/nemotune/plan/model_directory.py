@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "check_model"]
 
+UNREADABLE = (NemotuneError, OSError)  # what is wrong with a file, or with who may read it
 Config = NemotronHConfig | LlamaConfig
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "Where"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "get_weather", "description": "The weather of a city", "parameters": PARAMETERS}}
@@ -66,14 +67,14 @@ def _checks(directory: Path) -> Iterator[Check]:
     try:
         config = read_config(directory)
         yield Check("config", "ok", f"{config.raw['model_type']}, {config.num_layers} layers, vocabulary of {config.vocab_size:,}")
-    except NemotuneError as error:
+    except UNREADABLE as error:
         yield Check("config", "error", str(error))
     if config:
         yield _weights(directory, config)
     try:
         tokenizer = load_tokenizer(directory)
         yield _tokenizer(tokenizer, config)
-    except NemotuneError as error:
+    except UNREADABLE as error:
         yield Check("tokenizer", "error", str(error))
     if tokenizer:
         try:
@@ -91,7 +92,7 @@ def _weights(directory: Path, config: Config) -> Check:
     try:
         model.source = checkpoint = Checkpoint(directory)
         check_weights(model, checkpoint)
-    except NemotuneError as error:
+    except UNREADABLE as error:
         return Check("weights", "error", str(error))
     dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
     coarse = [name for name in dtypes if not _is_trainable(name)]
@@ -165,7 +166,7 @@ def _generation(directory: Path, stops: list[int]) -> Check:
         return Check(name, "warning", f"no {path.name}, so others stop at config.json's token alone; {beside}")
     try:
         settings = read_json(path, remedy="mend it or delete it")
-    except DataError as error:
+    except UNREADABLE as error:
         return Check(name, "error", str(error))
     eos = settings.get("eos_token_id")
     lacking = sorted({*stops} - {*(eos if isinstance(eos, list) else [eos])})

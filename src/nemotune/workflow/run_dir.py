@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,26 @@ def refuse_begun(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
         )
     if is_begun(run_dir) and not (resume or overwrite):
         raise ConflictError(f"{run_dir}: holds a run already; --resume goes on with it, --overwrite starts anew, name=... keeps both")
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in `run_dir` while the block lasts. Raises ConflictError where one does; no lock outlives its process."""
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        _lock(descriptor, run_dir)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, run_dir: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConflictError(f"{run_dir}: another process is training in it; wait for its end, or name=... trains beside it") from error
+    except OSError:
+        return  # a disk without locks
 
 
 def open_run(recipe: Recipe, run_dir: Path, *, fingerprint: str, resume: bool, overwrite: bool) -> None:

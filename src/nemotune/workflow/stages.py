@@ -25,7 +25,7 @@ from nemotune.lora import load_adapter
 from nemotune.models import CausalLM, load_model, load_tokenizer, locate
 from nemotune.plan.cost import cost_line, coverage_table, estimate
 from nemotune.recipe import Recipe
-from nemotune.workflow.run_dir import FROM_TRAINED, discard, is_begun, open_run, record, refuse_begun, require_same_model
+from nemotune.workflow.run_dir import FROM_TRAINED, discard, held, is_begun, open_run, record, refuse_begun, require_same_model
 
 
 def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
@@ -138,7 +138,9 @@ def merge(recipe: Recipe, *, run_dir: Path, output: Path | None, overwrite: bool
     _say(console, f"merged: {size}")
     _say(console, f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")
     if recipe.model.quantization == "nf4":
-        _say(console, "the adapter learned beside NF4 weights and was merged onto the wide ones: evaluate the merged model before it serves")
+        _say(
+            console, "the adapter learned beside NF4 weights and was merged onto the wide ones: evaluate the merged model before it serves"
+        )
     _wrote(console, target, then=f"vllm serve {quote(str(target))}")
 
 
@@ -163,11 +165,13 @@ def _prepare(recipe: Recipe, run_dir: Path, *, show: int, overwrite: bool, conso
 def _train(recipe: Recipe, prepared: Prepared, run_dir: Path, *, resume: bool, overwrite: bool, console: Console) -> None:
     """Train and keep the outcome; what an earlier outcome was evaluated, merged and reported as is removed."""
     notes = Console(stderr=True, soft_wrap=True)
-    if resume and not is_begun(run_dir):
-        _say(notes, f"nothing to resume in {run_dir}: begins with step 1")
-    open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
-    result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=notes)
-    discard(run_dir, FROM_TRAINED)
+    with held(run_dir):
+        refuse_begun(run_dir, resume=resume, overwrite=overwrite)  # again: another process may have been faster
+        if resume and not is_begun(run_dir):
+            _say(notes, f"nothing to resume in {run_dir}: begins with step 1")
+        open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
+        result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=notes)
+        discard(run_dir, FROM_TRAINED)
     ended = "stopped early" if result.stopped_early else "finished"
     console.print(f"{ended} after {result.steps} steps; the {result.weights} weights are kept")
     _wrote(console, run_dir / native.trained_name(recipe), then=f"nemotune eval {quote(str(run_dir))}")

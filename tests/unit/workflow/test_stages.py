@@ -131,6 +131,39 @@ def test_a_recipe_without_tasks_runs_to_its_report_and_is_no_evaluation(recipe, 
         stages.evaluate(recipe, **options(tmp_path / "run"))
 
 
+def test_two_processes_do_not_train_in_one_run(recipe, tmp_path, monkeypatch, trained_at_once):
+    run_dir, engine = tmp_path / "run", native.train
+    refused = []
+
+    def train_while_another_tries(recipe, prepared, *, run_dir, **rest):
+        (run_dir / "metrics.jsonl").unlink(missing_ok=True)  # what the other sees before the first step
+        for resume in (False, True):
+            with pytest.raises(ConflictError, match="another process is training in it"):
+                stages.train(recipe, resume=resume, **options(run_dir))
+            refused.append(resume)
+        return engine(recipe, prepared, run_dir=run_dir)
+
+    monkeypatch.setattr(native, "train", train_while_another_tries)
+    stages.train(recipe, resume=False, **options(run_dir))
+    assert refused == [False, True]
+    monkeypatch.setattr(native, "train", engine)
+    stages.train(recipe, resume=True, **options(run_dir))
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(recipe, tmp_path, monkeypatch, trained_at_once):
+    prepare = stages.prepare
+
+    def slow_prepare(*args, out_dir, **settings):
+        prepared = prepare(*args, out_dir=out_dir, **settings)
+        (out_dir.parent / "metrics.jsonl").touch()
+        (out_dir.parent / "recipe.json").touch()
+        return prepared
+
+    monkeypatch.setattr(stages, "prepare", slow_prepare)
+    with pytest.raises(ConflictError, match="holds a run already"):
+        stages.train(recipe, resume=False, **options(tmp_path / "run"))
+
+
 def test_odd_paths_are_told_as_they_are_and_quoted_in_what_to_type_next(recipe, tmp_path, trained_at_once, capsys):
     odd, console = tmp_path / "my [red] run", Console(width=40)
     stages.run(recipe, resume=False, **options(odd, dry_run=True, console=console))
