@@ -1,0 +1,59 @@
+"""Running contenders in turn, and keeping what they measured. Each is a command whose last line of output is a JSON object."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+Figures = dict[str, float]
+
+
+def in_turn(contenders: Mapping[str, Sequence[str]], *, rounds: int) -> dict[str, Figures]:
+    """Run every command once a round. The figures are medians over the rounds; `peak_gb` is the process's largest resident size."""
+    runs: dict[str, list[Figures]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, command in contenders.items():
+            print(f"round {number + 1}/{rounds}: {name} ...", file=sys.stderr, flush=True)
+            runs[name].append(_run(command))
+    return {name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
+
+
+def _run(command: Sequence[str]) -> Figures:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, text=True)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0), err.seek(0)
+        if child.returncode:
+            raise SystemExit(f"{' '.join(command)}\nended with {child.returncode}:\n{err.read()[-3000:]}")
+        return json.loads(out.read().splitlines()[-1]) | {"peak_gb": usage.ru_maxrss * 1024 / 1e9}
+
+
+def save(name: str, figures: Mapping[str, Any], *, packages: Sequence[str]) -> Path:
+    """Write results/NAME.json with the command, the date, the machine and the packages' versions."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    about = {
+        "command": f"python -m benchmarks.{' '.join((name, *sys.argv[1:]))}", "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}", "versions": {package: metadata.version(package) for package in packages},
+    }  # fmt: skip
+    path.write_text(json.dumps(about | dict(figures), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, as docs/performance.md shows it."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

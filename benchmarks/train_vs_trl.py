@@ -1,0 +1,125 @@
+"""LoRA on 300 Glaive rows: nemotune against TRL + PEFT + transformers, each at its own settings, on the same documents.
+
+    python -m benchmarks.train_vs_trl --data NEMOTUNE_TEST_DATA [--family llama] [--rounds 2]
+
+Both get the same tokens and the same supervised positions, the same LoRA targets, AdamW and learning rate, about 4,096 tokens a step;
+documents of at most 1,024 tokens, whole. nemotune packs them; TRL pads them (its own collator), one or four to a batch, also grouped by
+length. Useful tokens are those of documents, not padding; the first step of each run is not counted. Needs `pip install trl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.harness import RESULTS, in_turn, save, table
+from benchmarks.models import CONFIGS, write_model
+from nemotune.data.prepare import Prepared, prepare
+from nemotune.models import load_tokenizer
+from nemotune.recipe import Recipe, load
+
+LONGEST, TOKENS_PER_STEP = 1024, 4096
+TARGETS = {
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "shared_experts.up_proj", "shared_experts.down_proj"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+NATIVE = {
+    "nemotune, bf16": [],
+    "nemotune, bf16, selective checkpointing": ["train.activation_checkpointing=selective"],
+    "nemotune, fp32": ["model.dtype=float32"],
+}
+TRL = {
+    "TRL, bf16, batch 1": {"dtype": "bfloat16", "batch": 1},
+    "TRL, bf16, batch 4": {"dtype": "bfloat16", "batch": 4},
+    "TRL, bf16, batch 4, grouped by length": {"dtype": "bfloat16", "batch": 4, "grouped": True},
+    "TRL, fp32, batch 1": {"dtype": "float32", "batch": 1},
+}
+
+
+def main() -> None:
+    asked = _arguments()
+    work = Path("runs") / "benchmarks" / asked.family
+    work.mkdir(parents=True, exist_ok=True)
+    model, rows = work / "model", work / "rows.jsonl"
+    if not model.is_dir():
+        write_model(asked.family, model, nemotron=asked.data / "data" / "nemotron")
+    _write_short_rows(asked.data / "data" / "glaive" / "raw_format_reconstructed_300.jsonl", rows, work, model)
+    recipe = work / "recipe.json"
+    recipe.write_text(json.dumps(_recipe(model, rows, length=TOKENS_PER_STEP, family=asked.family)))
+    prepared = _prepare(load(str(recipe)), work / "data")
+    documents = work / "documents.json"
+    documents.write_text(
+        json.dumps(
+            [{"input_ids": d.tokens.tolist(), "mask": d.mask.tolist()} for d in map(prepared.train.__getitem__, range(len(prepared.train)))]
+        )
+    )
+
+    per_step = round(TOKENS_PER_STEP / (sum(len(d["input_ids"]) for d in json.loads(documents.read_text())) / len(prepared.train)) / 4) * 4
+    commands = {
+        name: [sys.executable, "-m", "benchmarks.train_native", str(recipe), str(asked.steps), *overrides]
+        for name, overrides in NATIVE.items()
+    }
+    for name, settings in TRL.items():
+        given = settings | {"documents_per_step": per_step, "targets": TARGETS[asked.family], "steps": asked.trl_steps}
+        commands[name] = [sys.executable, "-m", "benchmarks.train_trl", str(model), str(documents), json.dumps(given)]
+    name = f"train_vs_trl_{asked.family}"
+    figures = in_turn(commands, rounds=asked.rounds)
+    path = save(
+        "train_vs_trl", {"family": asked.family, "figures": figures}, packages=("torch", "transformers", "peft", "trl", "accelerate")
+    )
+    path = path.replace(RESULTS / f"{name}.json")
+    print(show(figures))
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def show(figures: dict[str, dict[str, float]]) -> str:
+    """The figures beside those of TRL's fastest setting."""
+    best = max((found for name, found in figures.items() if name.startswith("TRL")), key=lambda found: found["tokens_per_second"])
+    rows = [
+        (
+            name, f"{found['tokens_per_second']:.0f}", f"{found['tokens_per_second'] / best['tokens_per_second']:.2f}", f"{found['peak_gb']:.2f}",
+            f"{found['peak_gb'] / best['peak_gb']:.2f}", f"{found['padding']:.0%}", f"{found['first_loss']:.3f} to {found['last_loss']:.3f}",
+        )
+        for name, found in figures.items()
+    ]  # fmt: skip
+    return table(("", "useful tokens/s", "to TRL's best", "peak GB", "to TRL's best", "padding", "loss, first to last step"), rows)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="directory that holds data/glaive and data/nemotron")
+    parser.add_argument("--family", choices=CONFIGS, default="nemotron_h")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="steps of nemotune, the first not counted")
+    parser.add_argument("--trl-steps", type=int, default=3, help="steps of TRL, the first not counted")
+    return parser.parse_args()
+
+
+def _recipe(model: Path, rows: Path, *, length: int, family: str) -> dict:
+    return {
+        "name": f"benchmark-{family}", "model": {"path": str(model)}, "method": "lora",
+        "data": {"format": "glaive", "train": str(rows), "sequence_length": length, "validation": None, "test": None},
+        "lora": {"rank": 16, "alpha": 32, "targets": TARGETS[family]},
+        "train": {"global_batch_size": 1, "learning_rate": 1e-3, "warmup_steps": 1, "schedule": "constant", "activation_checkpointing": "none"},
+        "logging": {"every": 1, "trackers": []}, "evaluate": {"tasks": []},
+    }  # fmt: skip
+
+
+def _prepare(recipe: Recipe, directory: Path) -> Prepared:
+    return prepare(recipe, load_tokenizer(recipe.model.path), out_dir=directory, overwrite=True)
+
+
+def _write_short_rows(source: Path, target: Path, work: Path, model: Path) -> None:
+    """The rows whose documents all fit into LONGEST tokens."""
+    recipe = work / "short.json"
+    recipe.write_text(json.dumps(_recipe(model, source, length=LONGEST, family="llama")))
+    _prepare(load(str(recipe)), work / "short")
+    kept = {json.loads(line)["meta"]["row"] for line in (work / "short" / "train.jsonl").read_text().splitlines()}
+    lines = source.read_text(encoding="utf-8").splitlines()
+    target.write_text("".join(lines[row - 1] + "\n" for row in sorted(kept)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
