@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemotune.ops.documents import Documents
+from nemotune.ops.recompute import recomputed
 
 
 def causal_conv1d(x_TC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, documents: Documents) -> Tensor:
@@ -14,6 +17,11 @@ def causal_conv1d(x_TC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, docume
 
     One convolution over the row with W - 1 zeros put before each document.
     """
+    inputs = (x_TC, weight_CW) if bias_C is None else (x_TC, weight_CW, bias_C)
+    return recomputed(partial(_spaced_conv1d, documents=documents), *inputs)
+
+
+def _spaced_conv1d(x_TC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None, *, documents: Documents) -> Tensor:
     gap = weight_CW.shape[1] - 1
     slots_T = torch.arange(x_TC.shape[0], device=x_TC.device) + (documents.indices_T + 1) * gap
     spaced = x_TC.new_zeros(x_TC.shape[0] + len(documents.lengths) * gap, x_TC.shape[1]).index_copy(0, slots_T, x_TC)

@@ -1,27 +1,29 @@
 """Where the documents of a packed row lie, in the forms that the ops want; computed once per batch and shared by all layers.
 
 A packed row is T tokens of documents laid end to end; `cu_seqlens` [docs + 1] holds their borders, as FlashAttention names it.
+The borders are read from the device once, when `Documents` is made; nothing later waits for it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Documents cut into chunks of `size` tokens, none of which crosses a border; the last of each document is padded."""
+    """A stretch of the row in chunks of at most `size` tokens, none of which crosses a border; each is padded to `size`."""
 
     size: int
-    count: int
-    slots_T: Tensor  # place of each token in the [count * size] padded layout
+    tokens: slice  # the stretch
+    slots_T: Tensor  # place of each of its tokens in the [count * size] padded layout
     first: tuple[bool, ...]  # per chunk: does it begin a document?
-    last_of_document: Tensor  # [docs]: the chunk that ends each document
+    last: tuple[bool, ...]  # ... does it end one?
 
 
 class Documents:
@@ -32,7 +34,7 @@ class Documents:
         borders = cu_seqlens.tolist()
         self.lengths: list[int] = [end - start for start, end in pairwise(borders)]
         assert borders[0] == 0 and all(length > 0 for length in self.lengths), f"cu_seqlens: got {borders}, expected 0 and then rising"
-        self._chunks: dict[int, Chunks] = {}
+        self._chunks: dict[tuple[int, int], list[Chunks]] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -41,28 +43,24 @@ class Documents:
     @cached_property
     def positions_T(self) -> Tensor:
         """The position of each token within its document, from 0."""
-        starts_T = torch.repeat_interleave(self.cu_seqlens[:-1], self._lengths_tensor)
-        return torch.arange(self.num_tokens, device=self.cu_seqlens.device) - starts_T
+        return torch.arange(self.num_tokens, device=self.cu_seqlens.device) - self.cu_seqlens[:-1][self.indices_T]
 
     @cached_property
     def indices_T(self) -> Tensor:
         """The document that each token belongs to, from 0."""
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.cu_seqlens.device), self._lengths_tensor)
+        return torch.repeat_interleave(self.cu_seqlens.diff().long(), output_size=self.num_tokens)
 
-    def chunks(self, size: int) -> Chunks:
-        """The documents in chunks of at most `size` tokens."""
-        if size not in self._chunks:
-            counts = [-(-length // size) for length in self.lengths]
-            starts = torch.tensor([0, *counts], device=self.cu_seqlens.device).cumsum(0)
-            self._chunks[size] = Chunks(
-                size=size,
-                count=sum(counts),
-                slots_T=starts[self.indices_T] * size + self.positions_T,
-                first=tuple(i == 0 for count in counts for i in range(count)),
-                last_of_document=starts[1:] - 1,
-            )
-        return self._chunks[size]
-
-    @cached_property
-    def _lengths_tensor(self) -> Tensor:
-        return self.cu_seqlens.diff()
+    def chunks(self, size: int, limit: int) -> list[Chunks]:
+        """The row in chunks of at most `size` tokens, at most `limit` of them together."""
+        if (size, limit) not in self._chunks:
+            counts = (self.cu_seqlens.diff() + size - 1).div(size, rounding_mode="floor")
+            slots_T = F.pad(counts.cumsum(0), (1, 0))[self.indices_T] * size + self.positions_T
+            starts = [(start, length) for length in self.lengths for start in range(0, length, size)]
+            borders = list(accumulate((min(size, length - start) for start, length in starts), initial=0))
+            first, last = tuple(start == 0 for start, _ in starts), tuple(start + size >= length for start, length in starts)
+            self._chunks[size, limit] = [
+                Chunks(size, tokens, slots_T[tokens] - begin * size, first[begin : begin + limit], last[begin : begin + limit])
+                for begin in range(0, len(starts), limit)
+                for tokens in [slice(borders[begin], borders[min(begin + limit, len(starts))])]
+            ]
+        return self._chunks[size, limit]

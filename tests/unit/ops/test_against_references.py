@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from nemotune.models.base import Head
+from nemotune.ops import conv as conv_module
+from nemotune.ops import ssd as ssd_module
 from nemotune.ops.attention import attention_step, varlen_attention, varlen_attention_ref
 from nemotune.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step, conv_state
 from nemotune.ops.cross_entropy import linear_cross_entropy
 from nemotune.ops.documents import Documents
 from nemotune.ops.experts import Routing, combine, dispatch, experts_ref, grouped_linear, route, sorted_rows
+from nemotune.ops.norm import gated_group_rms_norm, gated_group_rms_norm_ref, rms_norm
 from nemotune.ops.ssd import ssd
 from nemotune.ops.ssd_ref import ssd_ref, ssd_step
 
@@ -44,15 +47,49 @@ def ssd_inputs(tokens, heads=4, head_dim=8, groups=2, state=16):
     return x, dt, A_log, B, C, D
 
 
+@pytest.mark.parametrize("at_once", [2**25, 600, 1])  # all chunks of the row in one stretch; some; each alone
 @pytest.mark.parametrize("chunk_size", [1, 4, 8, 64])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_chunked_ssd_equals_the_recurrence(lengths, chunk_size):
+def test_chunked_ssd_equals_the_recurrence(lengths, chunk_size, at_once, monkeypatch):
+    monkeypatch.setattr(ssd_module, "DECAYS_AT_ONCE", at_once)
     inputs = x, dt, A_log, B, C, D = ssd_inputs(sum(lengths))
     args = x, torch.nn.functional.softplus(dt), -A_log.exp(), B, C, D, documents_of(lengths)
     y, states = ssd(*args, chunk_size=chunk_size, final_states=True)
     y_ref, states_ref = ssd_ref(*args)
     assert_same(y, y_ref, inputs)
     assert_same(states, states_ref, inputs[:4])
+    assert_same(ssd(*args, chunk_size=chunk_size)[0], y_ref, inputs)
+
+
+def test_ssd_forgets_within_a_token_without_a_value_that_is_not_finite():
+    """A decay of exp(-1000) a token: its inverse, above the diagonal of a chunk, is infinite."""
+    x, _, _, B, C, D = ssd_inputs(20)
+    dt, A = torch.full((20, 4), 50.0).requires_grad_(), torch.full((4,), -20.0).requires_grad_()
+    args = x, dt, A, B, C, D, documents_of([20])
+    inputs = x, dt, B, C, D
+    assert_same(ssd(*args, chunk_size=8)[0], ssd_ref(*args)[0], inputs)
+    assert torch.autograd.grad(ssd(*args, chunk_size=8)[0].sum(), A)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_what_is_computed_again_in_the_backward_has_the_same_gradients(lengths, monkeypatch):
+    """In 16 bits, where `recomputed` keeps inputs alone: to the bit those of a plain call."""
+    x, dt, A_log, B, C, D = ssd_inputs(sum(lengths))
+    weight, bias = leaves((40, 4), (40,), seed=1)
+    inputs = [t.detach().bfloat16().requires_grad_() for t in (x, B, C, weight, bias)]
+    inputs += [dt.detach().requires_grad_(), A_log, D]
+
+    def gradients():
+        x, B, C, weight, bias, dt, A_log, D = inputs
+        xB = causal_conv1d(torch.cat([x.flatten(1), B[:, 0, :8]], -1), weight, bias, documents_of(lengths))
+        args = xB[:, :32].unflatten(-1, (4, 8)), dt.exp(), -A_log.exp(), B, C, D, documents_of(lengths)
+        return torch.autograd.grad(ssd(*args, chunk_size=4)[0].square().sum() + xB.sum(), inputs)
+
+    monkeypatch.setattr(ssd_module, "DECAYS_AT_ONCE", 200)
+    recomputed = gradients()
+    for module in (ssd_module, conv_module):
+        monkeypatch.setattr(module, "recomputed", lambda function, *inputs: function(*inputs))
+    assert all(torch.equal(ours, plain) for ours, plain in zip(recomputed, gradients(), strict=True))
 
 
 @pytest.mark.parametrize("heads, groups", [(4, 1), (4, 4), (6, 3)])
@@ -69,6 +106,14 @@ def test_ssd_step_continues_the_scan():
     _, state = ssd(x[:8], dt[:8], A, B[:8], C[:8], D, documents_of([8]), chunk_size=4, final_states=True)
     y, _ = ssd_step(x[8:], dt[8:], A, B[8:], C[8:], D, state)
     torch.testing.assert_close(y, whole[8:])
+
+
+def test_norms_equal_pytorchs():
+    inputs = x, _, weight = leaves((3, 5, 24), (3, 5, 24), (24,))
+    assert_same(rms_norm(x, weight, 1e-3), torch.nn.functional.rms_norm(x, (24,), weight, 1e-3), (x, weight))
+    for num_groups in (1, 4):
+        args = dict(num_groups=num_groups, eps=1e-3)
+        assert_same(gated_group_rms_norm(*inputs, **args), gated_group_rms_norm_ref(*inputs, **args), inputs)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
