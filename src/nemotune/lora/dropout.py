@@ -42,9 +42,12 @@ class DropoutKeys:
 
 
 def dropout(x_MD: Tensor, keys_M: Tensor, *, probability: float, module: int) -> Tensor:
-    """x with features zeroed at `probability` (to 16 bits) and the rest scaled up; `module` tells adapters apart."""
+    """x with features zeroed at `probability` (to 16 bits) and the rest scaled up; `module` tells adapters apart.
+
+    The backward keeps one byte a feature.
+    """
     threshold = round(probability * 65536)
     features = x_MD.shape[-1]
     counters = torch.arange(-(-features // 4), device=x_MD.device) * GOLDEN
     bits = mix(mix(keys_M + module).unsqueeze(-1) + counters).view(torch.int16)[:, :features]
-    return x_MD * ((bits >= threshold - 32768) * (65536 / (65536 - threshold))).to(x_MD.dtype)
+    return x_MD * (bits >= threshold - 32768) * (65536 / (65536 - threshold))

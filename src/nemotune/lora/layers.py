@@ -63,8 +63,8 @@ class LoRALinear(LoRALayer):
 
     def forward(self, x_TI: Tensor, rows_N: Tensor | None = None) -> Tensor:
         dropped_TI = self._drop(x_TI, self.keys.of_rows(rows_N)) if self.drops else x_TI
-        low_TR = F.linear(dropped_TI, self.lora_A.to(x_TI.dtype)) * self.scale
-        return self.base(x_TI) + F.linear(low_TR, self.lora_B.to(x_TI.dtype))
+        low_TR = F.linear(dropped_TI, self.lora_A.to(x_TI.dtype))
+        return torch.addmm(self.base(x_TI), low_TR, self.lora_B.to(x_TI.dtype).T, alpha=self.scale)
 
 
 class LoRAExperts(LoRALayer):

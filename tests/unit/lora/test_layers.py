@@ -125,3 +125,30 @@ def test_dropout_is_off_in_evaluation():
     assert torch.equal(layer.eval()(x), plain)
     layer.keys.set(seed=0, step=0, documents_T=torch.zeros(7), positions_T=torch.arange(7))
     assert not torch.equal(layer.train()(x), plain)
+
+
+def kept_for_backward(layer, x):
+    """The tensors of x's shape that a forward keeps, each memory once."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        layer(x)
+    return [tensor for tensor in kept.values() if tensor.shape == x.shape]
+
+
+def test_an_input_is_kept_once_and_for_the_adapter_alone():
+    layer, x = drawn(linear(dtype=torch.bfloat16)), torch.randn(64, 12).bfloat16().requires_grad_()
+    assert kept_for_backward(layer.base, x) == []
+    assert [tensor.data_ptr() for tensor in kept_for_backward(layer, x)] == [x.data_ptr()]
+
+
+def test_dropout_keeps_what_is_left_and_one_byte_a_feature():
+    layer = drawn(linear(Lora(rank=4, alpha=8, dropout=0.5), dtype=torch.bfloat16, keys=keyed()))
+    x = torch.randn(64, 12).bfloat16().requires_grad_()
+    assert sorted(tensor.itemsize for tensor in kept_for_backward(layer, x)) == [1, 2]
+
+
+def test_what_dropout_leaves_in_bf16_is_scaled_and_rounded_once():
+    x, keys = torch.randn(64, 12).bfloat16(), keyed().of_tokens
+    left = dropout(x, keys, probability=0.05, module=1)
+    exact = (x.double() / (1 - round(0.05 * 65536) / 65536)).bfloat16()
+    assert torch.equal(left[left != 0], exact[left != 0]) and (left != 0).any()
