@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotune import assets
-from nemotune.errors import CheckpointError, MissingFileError
+from nemotune.errors import CheckpointError, MissingFileError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,12 +24,16 @@ BESIDE_WEIGHTS = [
 def locate(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local directory of `path`; without `weights`, of a hub repository only the small files are downloaded.
 
-    Raises MissingFileError where it is none of the three.
+    Raises MissingFileError where it is none of the three, RecipeError for a revision of what has none.
     """
-    if (directory := Path(path).expanduser()).is_dir():
-        return directory
-    if (builtin := assets.resolve(str(path))) is not None:
-        return builtin
+    directory = Path(path).expanduser()
+    local = directory if directory.is_dir() else assets.resolve(str(path))
+    if local and revision:
+        raise RecipeError(
+            f"model.revision: got '{revision}', expected null: {path} is on this disk, and only a hub repository has revisions"
+        )
+    if local:
+        return local
     if isinstance(path, Path) or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise MissingFileError(f"model.path: {path} is no directory, no built-in model and no hub id (owner/name)")
     return _download(str(path), revision, [*WEIGHTS, *BESIDE_WEIGHTS] if weights else BESIDE_WEIGHTS)

@@ -87,10 +87,14 @@ class Checkpoints:
         return max(whole, default=None)
 
     def best(self) -> Path | None:
-        """The checkpoint with the lowest validation loss, or None."""
+        """The checkpoint with the lowest validation loss, or None where there was no validation. Raises CheckpointError."""
         pointer = self.directory / "best"
-        path = self.directory / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
-        return path if path and path.is_dir() else None
+        if not pointer.is_file():
+            return None
+        path = self.directory / pointer.read_text(encoding="utf-8").strip()
+        if not (path / "trainer.json").is_file():
+            raise CheckpointError(f"{pointer}: names {path.name}, which is no checkpoint; delete it to keep the last weights instead of the best")
+        return path
 
     def load(self, path: Path, model: CausalLM, optimizer: Optimizer) -> Progress:
         """Restore the trained parameters and the optimiser from `path`. Raises CheckpointError where it does not fit the run."""

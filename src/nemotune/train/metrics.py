@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemotune.errors import DataError
 from nemotune.files import atomic_file, disk_full_is_readable
 
 FILE = "metrics.jsonl"
@@ -82,9 +83,14 @@ class TensorBoard:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows written so far; a last line cut off by a crash is not one."""
+    """The rows written so far; a last line cut off by a crash is not one. Raises DataError with a line that is none."""
     path = run_dir / FILE
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    return [_parse(line, number=number, path=path) for number, line in enumerate(lines[:-1], start=1) if line]
+
+
+def _parse(line: bytes, *, number: int, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}, line {number}: is no row of the record ({error}); remove that line") from error

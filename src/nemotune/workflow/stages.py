@@ -25,6 +25,7 @@ from nemotune.lora import load_adapter
 from nemotune.models import CausalLM, load_model, load_tokenizer, locate
 from nemotune.plan.cost import cost_line, coverage_table, estimate
 from nemotune.recipe import Recipe
+from nemotune.train.checkpoint import Checkpoints
 from nemotune.workflow.run_dir import FROM_TRAINED, discard, held, is_begun, open_run, record, refuse_begun, require_same_model
 
 
@@ -167,8 +168,8 @@ def _train(recipe: Recipe, prepared: Prepared, run_dir: Path, *, resume: bool, o
     notes = Console(stderr=True, soft_wrap=True)
     with held(run_dir):
         refuse_begun(run_dir, resume=resume, overwrite=overwrite)  # again: another process may have been faster
-        if resume and not is_begun(run_dir):
-            _say(notes, f"nothing to resume in {run_dir}: begins with step 1")
+        if resume and not Checkpoints(run_dir, keep=1).latest():
+            _say(notes, f"no checkpoint in {run_dir} to resume from: begins with step 1")
         open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
         result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=notes)
         discard(run_dir, FROM_TRAINED)

@@ -10,7 +10,7 @@ import torch
 from random_models import make
 from safetensors.torch import load_file, save_file
 
-from nemotune.errors import CheckpointError, MissingFileError
+from nemotune.errors import CheckpointError, MissingFileError, RecipeError
 from nemotune.models import load_model, locate, save_model
 from nemotune.weights import Checkpoint
 
@@ -94,6 +94,12 @@ def test_drawn_weights_repeat_with_their_seed(hybrid):
     assert any(not torch.equal(tensor, other[name]) for name, tensor in one.items())
     decay = one["backbone.layers.0.mixer.A_log"].exp()
     assert decay.min() >= 1 and decay.max() <= 16
+
+
+def test_a_revision_of_what_is_no_hub_repository_is_an_error(tmp_path):
+    for path in (tmp_path, "nemotron-tiny"):
+        with pytest.raises(RecipeError, match=r"model\.revision: got 'main', expected null"):
+            locate(path, "main")
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "one/two/three"])

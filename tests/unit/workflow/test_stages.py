@@ -224,8 +224,13 @@ def test_a_merge_replaces_nothing_but_a_model(recipe, adapted, tmp_path, monkeyp
         stages.merge(base, output=tmp_path / "out", **options(tmp_path / "second", overwrite=True))
 
 
-def test_resuming_what_was_never_begun_says_so(recipe, tmp_path, trained_at_once, capsys):
+def test_resuming_without_a_checkpoint_says_so(recipe, tmp_path, trained_at_once, capsys):
     stages.train(recipe, resume=True, **options(tmp_path / "run"))
-    assert f"nothing to resume in {tmp_path / 'run'}: begins with step 1" in capsys.readouterr().err
     stages.train(recipe, resume=True, **options(tmp_path / "run"))
-    assert "nothing to resume" not in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines() == [f"no checkpoint in {tmp_path / 'run'} to resume from: begins with step 1"] * 2
+    whole = tmp_path / "run" / "checkpoints" / "step_000002"
+    whole.mkdir(parents=True)
+    for name in ("trainer.json", ".metadata"):
+        (whole / name).touch()
+    stages.train(recipe, resume=True, **options(tmp_path / "run"))
+    assert capsys.readouterr().err == ""
