@@ -1,0 +1,42 @@
+"""The benchmark scripts run at their smallest size, and their contenders compute the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import harness, load, ops  # noqa: E402
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_ops_and_those_of_transformers_give_the_same(results, capsys):
+    """fp32: rounding of sums; bf16: a few of its steps of 2^-8. bitsandbytes' CPU kernel misses some eight-bit magnitudes by a code,
+    up to 1.4 % of a scale."""
+    pytest.importorskip("bitsandbytes", reason="the NF4 of transformers")
+    ops.main(["--size", "small", "--seconds", "0"])
+    figures = json.loads((results / "ops.json").read_text())["figures"]
+    assert capsys.readouterr().out.strip() == ops.show(figures)
+    for dtype, limit in (("float32", 1e-5), ("bfloat16", 2e-2)):
+        rows = figures[dtype]["ops"]
+        assert len(rows) == 10 and figures[dtype]["matmul_gflops"] > 0
+        for name, row in rows.items():
+            assert row["difference"] < (2e-2 if "NF4" in name else limit), (dtype, name)
+
+
+def test_every_contender_loads_the_directory(tmp_path):
+    load.write_weights("nemotron_h", tmp_path / "model", repeats=2, small=True)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["num_hidden_layers"] == 20
+    figures = {name: load.load(name, tmp_path / "model") | {"peak_gb": 1.0} for name in load.CONTENDERS}
+    assert all(found["seconds"] > 0 for found in figures.values())
+    assert load.show(figures, 0.5).count("\n") == 4
