@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from random_models import make, relative, with_our_dt_limits
 from safetensors.torch import load_file
 
 from nemotune.lora import apply_lora, load_adapter, lora_modules, save_adapter
 from nemotune.models import load_model
-from nemotune.recipe import Lora
+from nemotune.recipe import Lora, Train
+from nemotune.train.optim import make_optimizer
 
 TOKENS = torch.randint(0, 96, (29,), generator=torch.Generator().manual_seed(1))
 BORDERS = torch.tensor([0, 29], dtype=torch.int32)
@@ -113,3 +115,23 @@ def test_an_adapter_with_experts_tells_peft_no_dropout(tmp_path):
     save_adapter(adapted(tmp_path / "hf", lora), tmp_path / "adapter", lora, base="hf")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["lora_dropout"] == 0.0 and config["target_parameters"]
+
+
+def test_loraplus_groups_are_those_of_peft(tmp_path):
+    """As sets of parameters by rate and decay: PEFT decays A and B alike with what it is given."""
+    make("llama").save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="float32")
+    apply_lora(model, Lora(rank=2, targets=("attention", "mlp")))
+    ours = make_optimizer(
+        {name: p for name, p in model.named_parameters() if p.requires_grad}, Train(learning_rate=0.01, weight_decay=0.1), plus_ratio=16
+    )
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    peft = get_peft_model(make("llama"), LoraConfig(r=2, target_modules=modules))
+    theirs = create_loraplus_optimizer(peft, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16, loraplus_weight_decay=0.1)
+
+    def groups(optimizer, model):
+        names = {id(p): name.removeprefix("base_model.model.").replace(".default.weight", "") for name, p in model.named_parameters()}
+        held = [(g["lr"], g["weight_decay"], {names[id(p)] for p in g["params"]}) for g in optimizer.param_groups if g["params"]]
+        return sorted(held, key=lambda group: group[0])
+
+    assert groups(ours, model) == groups(theirs, peft) and len(groups(ours, model)) == 2

@@ -100,6 +100,7 @@ class Lora(Section):
     targets: Literal["default"] | Annotated[tuple[str, ...], Field(min_length=1)] = "default"
     rslora: bool = False
     dora: bool = False
+    plus_ratio: PositiveFloat | None = None  # LoRA+ (arXiv 2402.12354): the rate of B over that of A
 
     @field_validator("targets", mode="before")
     @classmethod

@@ -1,6 +1,7 @@
 """The optimiser: AdamW with decoupled weight decay (arXiv 1711.05101), or its 8-bit form (arXiv 2110.02861) from a library that runs here.
 
-Norms, biases and the per-head parameters of Mamba are never decayed.
+Norms, biases and the per-head parameters of Mamba are never decayed. LoRA+ (arXiv 2402.12354) is a matter of groups: that of the B has
+a multiple of the rate.
 """
 
 from __future__ import annotations
@@ -11,23 +12,33 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from nemotune.errors import UnsupportedError
 from nemotune.recipe import Train
 
+FASTER = (".lora_B", ".lora_magnitude_vector")  # as in PEFT's create_loraplus_optimizer
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], train: Train) -> Optimizer:
-    """The optimiser of `train` over named parameters. Raises UnsupportedError where its library is missing."""
-    decayed = [p for name, p in parameters.items() if _is_decayed(name, p)]
-    plain = [p for name, p in parameters.items() if not _is_decayed(name, p)]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], train: Train, *, plus_ratio: float | None = None) -> Optimizer:
+    """The optimiser of `train` over named parameters; with `plus_ratio` the rate of each B is so many times that of its A.
+
+    Raises UnsupportedError where its library is missing.
+    """
+    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in parameters.items():
+        kinds.setdefault((not _is_decayed(name, p), plus_ratio is not None and name.endswith(FASTER)), []).append(p)
+    groups: list[dict[str, Any]] = []
+    for (plain, faster), held in sorted(kinds.items()):
+        ratio = {"lr_ratio": plus_ratio} if faster else {}
+        groups.append({"params": held, "weight_decay": 0.0 if plain else train.weight_decay, **ratio})
     if train.optimizer == "adamw":
-        return AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
-    return _adamw_8bit(groups, train, on_cuda=next(iter(parameters.values())).is_cuda)
+        optimizer: Optimizer = AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
+    else:
+        optimizer = _adamw_8bit(groups, train, on_cuda=next(iter(parameters.values())).is_cuda)
+    set_learning_rate(optimizer, train.learning_rate)
+    return optimizer
 
 
 def describe(optimizer: Optimizer) -> str | None:
@@ -40,6 +51,16 @@ def describe(optimizer: Optimizer) -> str | None:
         why = "bitsandbytes is not installed" if on_cuda else "bitsandbytes needs CUDA"
         return f"train.optimizer: torchao's 8-bit AdamW ({why}); the first step compiles, which takes about half a minute"
     return None
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Give every group the rate, times its own ratio where it has one. Rates that are tensors stay so."""
+    for group in optimizer.param_groups:
+        rate = learning_rate * group.get("lr_ratio", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -68,4 +89,4 @@ def _adamw_8bit(groups: list[dict[str, Any]], train: Train, *, on_cuda: bool) ->
             f"train.optimizer: adamw_8bit on a CPU is compiled, and there is no C++ compiler {compiler} (the variable CXX may name one); "
             "install it, or train.optimizer=adamw"
         )
-    return TorchAdamW8bit(groups, lr=torch.tensor(train.learning_rate), betas=train.betas)
+    return TorchAdamW8bit(groups, lr=train.learning_rate, betas=train.betas)

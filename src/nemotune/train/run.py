@@ -61,7 +61,7 @@ def run(
     loader = Loader(train, global_batch_size=settings.global_batch_size, micro_batch_size=settings.micro_batch_size, seed=settings.seed)
     total_steps = count_steps(loader.steps_per_epoch, recipe)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(parameters, settings)
+    optimizer = make_optimizer(parameters, settings, plus_ratio=recipe.lora.plus_ratio)
     if said := describe(optimizer):
         console.print(said)
     set_activation_checkpointing(model, settings.activation_checkpointing)

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from nemotune.data.loader import Batch
 from nemotune.lora import DropoutKeys
 from nemotune.models import CausalLM
 from nemotune.ops.documents import Documents
+from nemotune.train.optim import set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,7 @@ def update(
     """Clip, step and clear the gradients; `max_grad_norm` 0 clips nothing."""
     if max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(grad_norm))
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(learning_rate)
-        else:
-            group["lr"] = learning_rate
+    set_learning_rate(optimizer, learning_rate)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
