@@ -23,14 +23,15 @@ SETTINGS = (
 TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
 
 
-def train_toy(directory: Path, run_dir: Path, *settings: str, resume=False, doctor=lambda model: None, console=None):
+def train_toy(directory: Path, run_dir: Path, *settings: str, resume=False, doctor=lambda model: None, console=None, deadline=None):
     """Train a fresh adapter on the model in `directory`; `doctor` may change it first. Steps have two micro batches."""
     model = load_model(directory, dtype="float32")
     recipe = load("quickstart", (*SETTINGS, *settings))
     keys = apply_lora(model, recipe.lora)
     doctor(model)
     result: TrainResult = run(
-        model, recipe, train=SPLIT, validation=HELD_OUT, run_dir=run_dir, keys=keys, resume=resume, console=console or Console(quiet=True)
+        model, recipe, train=SPLIT, validation=HELD_OUT, run_dir=run_dir, keys=keys, resume=resume, console=console or Console(quiet=True),
+        deadline=deadline,
     )  # fmt: skip
     return model, result
 

@@ -17,14 +17,16 @@ from nemotune.files import read_json, staged_directory, write_json
 from nemotune.lora import apply_lora, coverage, save_adapter
 from nemotune.models import CausalLM, load_model, load_tokenizer, locate, read_config, save_model
 from nemotune.recipe import Recipe
-from nemotune.train import TrainResult
+from nemotune.train import Deadline, TrainResult
 from nemotune.train import run as run_training
 
 GENERATION_FILE = "generation_config.json"
 
 
-def train(recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, console: Console) -> TrainResult:
-    """Train as `recipe` says and save the outcome in `run_dir`."""
+def train(
+    recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, console: Console, deadline: Deadline | None = None
+) -> TrainResult:
+    """Train as `recipe` says, until `deadline` at most, and save the outcome in `run_dir`."""
     tokenizer, settings = conversation(recipe)  # first: what is wrong with them is told before the training, not after it
     device = default_device()
     base = recipe.model
@@ -35,8 +37,9 @@ def train(recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, co
     keys = apply_lora(model, recipe.lora, seed=recipe.train.seed) if recipe.method == "lora" else None
     write_json(run_dir / "coverage.json", coverage(model).to_json())
     result = run_training(
-        model, recipe, train=prepared.train, validation=prepared.validation, run_dir=run_dir, keys=keys, resume=resume, console=console
-    )
+        model, recipe, train=prepared.train, validation=prepared.validation, run_dir=run_dir, keys=keys, resume=resume, console=console,
+        deadline=deadline,
+    )  # fmt: skip
     with staged_directory(run_dir / trained_name(recipe), overwrite=True) as aside:
         for note in save_trained(model, recipe, aside):
             console.print(f"[yellow]{note}")

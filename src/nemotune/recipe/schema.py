@@ -6,7 +6,7 @@ It says what to do, never how: no torch here, nothing is read from disk. `load.p
 
 from __future__ import annotations
 
-import re
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from nemotune.recipe.deadline import stop_time
 
 Format = Literal["medmcqa", "fiqa", "glaive", "squad", "chat", "text", "megatron"]
 Method = Literal["lora", "full", "pretrain"]
@@ -131,7 +133,7 @@ class Train(Section):
     early_stopping: PositiveInt | None = None  # evaluations without a better validation loss before stopping
     checkpoint_every: PositiveInt | None = 200
     keep_checkpoints: PositiveInt = 2
-    deadline: str | None = None  # "11h30m": saves and stops cleanly
+    deadline: str | None = None  # "11h30m" after the command's start, or "2026-05-01T18:00": saved and stopped before
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Train:
@@ -141,11 +143,16 @@ class Train(Section):
             )
         return self
 
+    @field_validator("deadline", mode="before")
+    @classmethod
+    def _deadline_is_text(cls, value: Any) -> Any:
+        return value.isoformat() if isinstance(value, datetime) else value  # YAML reads a bare date and time as one
+
     @field_validator("deadline")
     @classmethod
-    def _deadline_is_a_duration(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"(\d+h)?(\d+m)?(\d+s)?", value or "-"):
-            raise ValueError(f"got {value!r}, expected hours, minutes and seconds such as '11h30m'")
+    def _deadline_is_a_time(cls, value: str | None) -> str | None:
+        if value is not None:
+            stop_time(value, started=0.0)
         return value
 
 

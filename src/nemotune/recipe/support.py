@@ -49,7 +49,6 @@ LIMITS = (
     ),
     Limit("lora.dora", "DoRA", "lora.dora=false", _TRAIN, bool),
     Limit("train.compile", "torch.compile", "train.compile=false", _TRAIN, bool),
-    Limit("train.deadline", "a time to stop at", "train.deadline=null and --resume after an interruption", _TRAIN, lambda v: v is not None),
     Limit(
         "parallel", "more than one process", "parallel={}, one process, with train.global_batch_size kept", _TRAIN, _more_than_one_process
     ),

@@ -4,6 +4,7 @@ Read `run.py` from top to bottom, then `step.py`. It knows no recipe method but 
 beyond the validation loss is elsewhere.
 """
 
+from nemotune.train.deadline import Deadline
 from nemotune.train.run import TrainResult, run
 
-__all__ = ["TrainResult", "run"]
+__all__ = ["Deadline", "TrainResult", "run"]

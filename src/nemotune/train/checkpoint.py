@@ -71,7 +71,7 @@ class Checkpoints:
 
     def save(self, model: CausalLM, optimizer: Optimizer, progress: Progress, *, best: bool = False) -> None:
         """Write the checkpoint of `progress.step`, point `latest` (and `best`) at it, drop the oldest over `keep`."""
-        name = f"step_{progress.step:06}"
+        name = _name(progress.step)
         with staged_directory(self.directory / name, overwrite=True) as aside:
             with _quiet():
                 _save(_state(model, optimizer), aside)
@@ -80,6 +80,10 @@ class Checkpoints:
             with atomic_file(self.directory / pointer) as file:
                 file.write_text(name + "\n", encoding="utf-8")
         self._drop_old()
+
+    def has(self, step: int) -> bool:
+        """Whether there is one of this step."""
+        return (self.directory / _name(step) / "trainer.json").is_file()
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None."""
@@ -116,6 +120,10 @@ class Checkpoints:
         for path in sorted(self.directory.glob("step_*"))[: -self.keep]:
             if path != best:
                 shutil.rmtree(path)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:06}"
 
 
 def _save(state: dict[str, Any], directory: Path) -> None:

@@ -32,13 +32,17 @@ class Metrics:
             self._tensorboard = TensorBoard(run_dir / "tensorboard", resume_step) if "tensorboard" in trackers else None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append a row of `kind` train, eval or warning."""
+        """Append a row of `kind` train, eval, experts, warning or deadline."""
         with self._disk_full_is_readable():
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
             if self._tensorboard is not None:
                 numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
                 self._tensorboard.write(step, numbers)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Those written so far, of the run before it was resumed too."""
+        return read_metrics(self.path.parent)
 
     def sync(self) -> None:
         """Put the rows on the disk itself: a checkpoint counts on those before it."""

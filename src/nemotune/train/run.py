@@ -11,24 +11,28 @@ import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
 
-from nemotune.data.loader import Loader, batches
+from nemotune.data.loader import Loader
 from nemotune.data.split import Split
-from nemotune.errors import DataError
+from nemotune.errors import DataError, TrainingError
 from nemotune.lora import DropoutKeys
 from nemotune.models import CausalLM
 from nemotune.recipe import Recipe
 from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.checkpoint import Checkpoints, Progress
+from nemotune.train.deadline import Deadline
 from nemotune.train.health import Liveness, SpikeGuard, require_finite
 from nemotune.train.metrics import Metrics
 from nemotune.train.optim import describe, make_optimizer
+from nemotune.train.precision import audit_precision
 from nemotune.train.progress import StepBar
 from nemotune.train.schedule import learning_rate, part_of
-from nemotune.train.step import accumulate, gradient_norm, update, validation_loss
+from nemotune.train.step import accumulate, gradient_norm, update
+from nemotune.train.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class TrainResult:
     loss: float
     best_validation_loss: float | None
     weights: str  # "last" or "best"
-    stopped_early: bool
+    ended: Literal["finished", "stopped early", "stopped at the deadline"]
 
 
 def run(
@@ -52,12 +56,15 @@ def run(
     keys: DropoutKeys | None,
     resume: bool,
     console: Console,
+    deadline: Deadline | None = None,
 ) -> TrainResult:
     """Train the parameters of `model` that require gradients; leaves metrics and checkpoints in `run_dir`.
 
-    With `resume`, goes on from the newest whole checkpoint. Raises TrainingError for dead or non-finite gradients and divergence.
+    With `resume`, goes on from the newest whole checkpoint. Before `deadline` it stops after a step like any other, with a checkpoint.
+    Raises TrainingError for dead or non-finite gradients, divergence, and tensors that are not held as promised.
     """
     settings = recipe.train
+    deadline = deadline or Deadline()
     loader = Loader(train, global_batch_size=settings.global_batch_size, micro_batch_size=settings.micro_batch_size, seed=settings.seed)
     total_steps = count_steps(loader.steps_per_epoch, recipe)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -70,20 +77,35 @@ def run(
     if resume and (newest := checkpoints.latest()):
         progress = checkpoints.load(newest, model, optimizer)
         console.print(f"resumed after step {progress.step} from {newest}", markup=False)
+    console.print(audit_precision(model, optimizer, recipe), highlight=False, soft_wrap=True)
 
     model.train()
     metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step)
+    held_out = Validation(model, validation, recipe, metrics=metrics, last_step=total_steps)
+    held_out.begin(step=progress.step, console=console)
     liveness, spikes = Liveness(model), SpikeGuard(progress.usual_losses, progress.spikes)
+
+    def next_step_is() -> dict[str, float]:
+        trained = sum(p.numel() for p in parameters.values())
+        due = held_out.is_due(progress.step + 1)
+        return {"checkpoint_bytes": 12.0 * trained, "validation_steps": held_out.steps if due else 0.0}  # fp32: weight, two moments
+
+    def save(*, best: bool = False) -> None:
+        metrics.sync()
+        with deadline.watch("checkpoint"):
+            checkpoints.save(model, optimizer, progress, best=best)
+
     stopped_early, loss = progress.has_waited(settings.early_stopping), math.nan
     with StepBar(console, total=total_steps, done=progress.step) as bar:
-        while progress.step < total_steps and not stopped_early:
+        while progress.step < total_steps and not stopped_early and deadline.leaves_time(**next_step_is()):
             started = time.perf_counter()
-            rate = learning_rate(progress.step, total_steps, settings)
-            result = accumulate(model, loader.step(progress.step), keys=keys, seed=settings.seed, step=progress.step)
-            loss, norm = result.loss, gradient_norm(parameters.values())
-            require_finite(loss, norm, parameters, step=progress.step + 1)
-            liveness.check()
-            update(parameters.values(), optimizer, learning_rate=rate, grad_norm=norm, max_grad_norm=settings.max_grad_norm)
+            with deadline.watch("step"):
+                rate = learning_rate(progress.step, total_steps, settings)
+                result = accumulate(model, loader.step(progress.step), keys=keys, seed=settings.seed, step=progress.step)
+                loss, norm = result.loss, gradient_norm(parameters.values())
+                require_finite(loss, norm, parameters, step=progress.step + 1)
+                liveness.check()
+                update(parameters.values(), optimizer, learning_rate=rate, grad_norm=norm, max_grad_norm=settings.max_grad_norm)
             warning = spikes.check(loss, step=progress.step + 1)
             progress = progress.after_step(result, usual_losses=spikes.usual, spikes=spikes.spikes)
 
@@ -101,23 +123,33 @@ def run(
                 progress = progress.after_row()
 
             better = False
-            if validation is not None and settings.eval_every and (progress.step % settings.eval_every == 0 or is_last):
-                held_out = validation_loss(model, batches(validation, max_tokens=recipe.data.sequence_length * settings.micro_batch_size))
-                metrics.write("eval", progress.step, loss=held_out, perplexity=math.exp(min(held_out, 700.0)))
-                bar.note(f"validation {held_out:.4f}")
-                better = held_out < (math.inf if progress.best_loss is None else progress.best_loss)
-                progress = progress.after_evaluation(held_out, better=better)
+            if held_out.is_due(progress.step):
+                with deadline.watch("validation"):
+                    measured = held_out.measure(progress.step)
+                bar.note(f"validation {measured:.4f}")
+                better = measured < (math.inf if progress.best_loss is None else progress.best_loss)
+                progress = progress.after_evaluation(measured, better=better)
                 stopped_early = progress.has_waited(settings.early_stopping)
             if is_last or stopped_early:
                 liveness.judge()
             due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
             if due or better or is_last or stopped_early:
-                metrics.sync()
-                checkpoints.save(model, optimizer, progress, best=better)
+                save(best=better)
+    if deadline.has_stopped:
+        if progress.step == 0:
+            raise TrainingError("train.deadline: no time is left for a first step; name a later time, then start again with --overwrite")
+        if liveness.steps:
+            liveness.judge()
+        metrics.write("deadline", progress.step, seconds_left=deadline.seconds_left(), **deadline.reckon(**next_step_is()))
+        if not checkpoints.has(progress.step):
+            save()
     metrics.close()
     if unreached := liveness.unreached():
         console.print(f"experts that no gradient reached in the first steps: {sum(unreached.values())} in {len(unreached)} modules")
-    return TrainResult(progress.step, loss, progress.best_loss, _keep_best(model, optimizer, checkpoints), stopped_early)
+    if said := held_out.summary():
+        console.print(said, highlight=False, soft_wrap=True)
+    ended = "stopped at the deadline" if deadline.has_stopped else "stopped early" if stopped_early else "finished"
+    return TrainResult(progress.step, loss, progress.best_loss, _keep_best(model, optimizer, checkpoints), ended)
 
 
 def count_steps(steps_per_epoch: int, recipe: Recipe) -> int:

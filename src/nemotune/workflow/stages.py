@@ -25,6 +25,7 @@ from nemotune.lora import load_adapter
 from nemotune.models import CausalLM, load_model, load_tokenizer, locate
 from nemotune.plan.cost import cost_line, coverage_table, estimate
 from nemotune.recipe import Recipe
+from nemotune.train import Deadline
 from nemotune.train.checkpoint import Checkpoints
 from nemotune.workflow.run_dir import FROM_TRAINED, discard, held, is_begun, open_run, record, refuse_begun, require_same_model
 
@@ -35,15 +36,17 @@ def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run
         plan(recipe, console=console)
         _say(console, f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {native.trained_name(recipe)}, eval, export, report.html")
         return
+    deadline = Deadline.of(recipe)
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
     console.rule(escape(f"{recipe.name} in {run_dir}"), align="left")
     estimate(recipe)  # a target or a config that does not fit is told before the rows are read
     prepared = _prepare(recipe, run_dir, show=0, overwrite=overwrite, console=console)
     plan(recipe, console=console)
-    _train(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, console=console)
-    if recipe.evaluate.tasks:
+    _train(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, deadline=deadline, console=console)
+    if recipe.evaluate.tasks and _is_in_time(deadline, f"nemotune eval {quote(str(run_dir))}", console=console):
         evaluate(recipe, run_dir=run_dir, overwrite=True, dry_run=False, console=console)
-    if recipe.export.merged and recipe.method == "lora":
+    merged = recipe.export.merged and recipe.method == "lora"
+    if merged and _is_in_time(deadline, f"nemotune merge {quote(str(run_dir))}", console=console):
         merge(recipe, run_dir=run_dir, output=None, overwrite=True, dry_run=False, console=console)
     report(run_dir, console=console)
 
@@ -70,11 +73,12 @@ def train(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_r
         plan(recipe, console=console)
         _say(console, f"would write {run_dir / native.trained_name(recipe)}")
         return
+    deadline = Deadline.of(recipe)
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
     estimate(recipe)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
-    _train(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, console=console)
+    _train(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, deadline=deadline, console=console)
 
 
 def evaluate(recipe: Recipe, *, run_dir: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
@@ -163,7 +167,9 @@ def _prepare(recipe: Recipe, run_dir: Path, *, show: int, overwrite: bool, conso
     return prepared
 
 
-def _train(recipe: Recipe, prepared: Prepared, run_dir: Path, *, resume: bool, overwrite: bool, console: Console) -> None:
+def _train(
+    recipe: Recipe, prepared: Prepared, run_dir: Path, *, resume: bool, overwrite: bool, deadline: Deadline, console: Console
+) -> None:
     """Train and keep the outcome; what an earlier outcome was evaluated, merged and reported as is removed."""
     notes = Console(stderr=True, soft_wrap=True)
     with held(run_dir):
@@ -171,11 +177,19 @@ def _train(recipe: Recipe, prepared: Prepared, run_dir: Path, *, resume: bool, o
         if resume and not Checkpoints(run_dir, keep=1).latest():
             _say(notes, f"no checkpoint in {run_dir} to resume from: begins with step 1")
         open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
-        result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=notes)
+        result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=notes, deadline=deadline)
         discard(run_dir, FROM_TRAINED)
-    ended = "stopped early" if result.stopped_early else "finished"
-    console.print(f"{ended} after {result.steps} steps; the {result.weights} weights are kept")
-    _wrote(console, run_dir / native.trained_name(recipe), then=f"nemotune eval {quote(str(run_dir))}")
+    place, is_cut = quote(str(run_dir)), result.ended == "stopped at the deadline"
+    goes_on = "; `--resume` goes on" if is_cut else ""
+    console.print(f"{result.ended} after {result.steps} steps; the {result.weights} weights are kept{goes_on}")
+    _wrote(console, run_dir / native.trained_name(recipe), then=f"nemotune run {place} --resume" if is_cut else f"nemotune eval {place}")
+
+
+def _is_in_time(deadline: Deadline, command: str, *, console: Console) -> bool:
+    """Whether a stage may still begin; where the deadline has come, says what does it later."""
+    if deadline.has_come():
+        _say(console, f"left out, since train.deadline has come: `{command}` does it")
+    return not deadline.has_come()
 
 
 def _refuse_target(target: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from nemotune.errors import MissingFileError, NemotuneError, RecipeError
 from nemotune.recipe import Data, Model, Recipe, builtin_names, dump, json_schema, load
 
+DATE = "or a date and time such as '2026-05-01T18:00'"
 MINIMAL = """
 name: mine
 model: {path: some/model}
@@ -147,7 +148,10 @@ def test_unknown_key_like_no_other_lists_what_is_known() -> None:
             "data.format=glave",
             "data.format: got 'glave', expected medmcqa, fiqa, glaive, squad, chat, text or megatron. Did you mean 'glaive'?",
         ),
-        ("train.deadline=noon", "train.deadline: got 'noon', expected hours, minutes and seconds such as '11h30m'"),
+        *[
+            (f"train.deadline={text}", f"train.deadline: got '{text}', expected hours, minutes and seconds such as '11h30m', {DATE}")
+            for text in ("noon", "0h", "30m1h", "2026-13-01T10:00", "2026-05-01")
+        ],
         ("train.betas=[0.9]", "train.betas[1]: missing, expected a number from 0 to below 1"),
     ],
 )

@@ -21,7 +21,6 @@ ASKED = {
     "data.format": ["data.format=megatron", "method=pretrain", "export.merged=false"],
     "lora.dora": ["lora.dora=true"],
     "train.compile": ["train.compile=true"],
-    "train.deadline": ["train.deadline=1h"],
     "parallel": ["parallel.nproc=2"],
     "engine.name": ["engine.name=trl"],
     "engine.python": ["engine.python=/usr/bin/python3"],

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch.distributed.checkpoint import FileSystemReader
 from toy_loop import interrupted_at, rows
 
-from nemotune.train import run
+from nemotune.train import run, validation
 
 
 def adapters(model):
@@ -47,7 +47,7 @@ def validations(monkeypatch):
 
     def validations(*losses):
         found = iter(losses)
-        monkeypatch.setattr(sys.modules[run.__module__], "validation_loss", lambda model, batches: next(found))
+        monkeypatch.setattr(validation, "validation_loss", lambda model, batches: next(found))
 
     return validations
 

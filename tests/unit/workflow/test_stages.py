@@ -15,6 +15,7 @@ from nemotune.data import spool
 from nemotune.engines import native
 from nemotune.errors import ConflictError, RecipeError
 from nemotune.recipe import load
+from nemotune.train import Deadline
 from nemotune.workflow import stages
 
 SETTINGS = (
@@ -40,7 +41,7 @@ def trained_at_once(monkeypatch):
     def train(recipe, prepared, *, run_dir, **_):
         (run_dir / native.trained_name(recipe)).mkdir(exist_ok=True)
         (run_dir / "metrics.jsonl").touch()
-        return SimpleNamespace(steps=2, weights="last", stopped_early=False)
+        return SimpleNamespace(steps=2, weights="last", ended="finished")
 
     monkeypatch.setattr(native, "train", train)
 
@@ -129,6 +130,69 @@ def test_a_recipe_without_tasks_runs_to_its_report_and_is_no_evaluation(recipe, 
     assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "eval").exists()
     with pytest.raises(RecipeError, match="nothing to evaluate"):
         stages.evaluate(recipe, **options(tmp_path / "run"))
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that a command's deadline goes by."""
+    clock = Clock()
+    monkeypatch.setattr(stages.Deadline, "of", lambda recipe: Deadline(100.0, clock=clock))
+    return clock
+
+
+@pytest.mark.parametrize(("trained_at", "evaluated_at", "done"), [(50, 60, ["evaluate", "merge"]), (50, 100, ["evaluate"]), (100, 0, [])])
+def test_after_the_deadline_nothing_long_begins_and_what_would_do_it_is_said(
+    recipe, tmp_path, monkeypatch, capsys, trained_at_once, clock, trained_at, evaluated_at, done
+):
+    engine, begun = native.train, []
+
+    def train(*args, **rest):
+        clock.now = trained_at
+        return engine(*args, **rest)
+
+    def evaluate(*args, **rest):
+        clock.now = evaluated_at
+        begun.append("evaluate")
+
+    monkeypatch.setattr(native, "train", train)
+    monkeypatch.setattr(stages, "evaluate", evaluate)
+    monkeypatch.setattr(stages, "merge", lambda *args, **rest: begun.append("merge"))
+    stages.run(recipe, resume=False, **options(tmp_path / "run", console=Console(width=400)))
+    assert begun == done and (tmp_path / "run" / "report.html").is_file()
+    told = [line for line in capsys.readouterr().out.splitlines() if "train.deadline has come" in line]
+    assert [line.split("`")[1].split()[1] for line in told] == ["eval", "merge"][len(done) :]
+
+
+def test_a_training_that_its_deadline_ended_says_how_to_go_on_and_is_not_evaluated(
+    recipe, tmp_path, monkeypatch, capsys, trained_at_once, clock
+):
+    def train(recipe, prepared, *, run_dir, deadline, **_):
+        (run_dir / "adapter").mkdir()
+        assert not deadline.leaves_time(checkpoint_bytes=1e12, validation_steps=0.0)
+        return SimpleNamespace(steps=7, weights="best", ended="stopped at the deadline")
+
+    monkeypatch.setattr(native, "train", train)
+    for later in ("evaluate", "merge"):
+        monkeypatch.setattr(stages, later, lambda *args, **rest: pytest.fail("began after the deadline"))
+    stages.run(recipe, resume=False, **options(tmp_path / "run", console=Console(width=400)))
+    told = capsys.readouterr().out
+    assert "stopped at the deadline after 7 steps; the best weights are kept; `--resume` goes on" in told
+    assert f"next: nemotune run {tmp_path / 'run'} --resume" in told
+
+
+def test_a_deadline_in_the_past_is_refused_before_anything_is_written(tmp_path):
+    recipe = load("quickstart", [*SETTINGS, "train.deadline=2020-01-01T00:00"])
+    for verb in (stages.run, stages.train):
+        with pytest.raises(RecipeError, match="^train.deadline: got 2020-01-01T00:00, which is past"):
+            verb(recipe, resume=False, **options(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_do_not_train_in_one_run(recipe, tmp_path, monkeypatch, trained_at_once):

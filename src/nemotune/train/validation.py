@@ -1,0 +1,72 @@
+"""The held-out rows of a run: when they are due, and what a pass over them says of the model: loss, and which experts it uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from nemotune.data.loader import Batch, batches
+from nemotune.data.split import Split
+from nemotune.models import CausalLM
+from nemotune.recipe import Recipe
+from nemotune.train.experts import ExpertCounter, describe_load, load_row
+from nemotune.train.metrics import Metrics
+from nemotune.train.step import validation_loss
+
+
+class Validation:
+    """Passes over `split` every `train.eval_every` steps and after `last_step`, written to `metrics`; none without the two."""
+
+    def __init__(self, model: CausalLM, split: Split | None, recipe: Recipe, *, metrics: Metrics, last_step: int):
+        self.model, self.split, self.metrics, self.last_step = model, split, metrics, last_step
+        self.every = recipe.train.eval_every if split is not None else None
+        self.max_tokens = recipe.data.sequence_length * recipe.train.micro_batch_size
+        self.steps = 0.0 if split is None else len(split.packs) / recipe.train.global_batch_size  # that see as many rows
+        self.experts = ExpertCounter(model)
+        self._loads: list[dict[str, Any]] = [row for row in metrics.rows() if row["kind"] == "experts"]  # the first is the base's
+
+    def is_due(self, step: int) -> bool:
+        """Whether a pass comes after `step`."""
+        return self.every is not None and (step % self.every == 0 or step == self.last_step)
+
+    def begin(self, *, step: int, console: Console) -> None:
+        """Before the first step: which experts the base uses. A resumed run has it in its metrics."""
+        if self.every is None or step or not self.experts.routers:
+            return
+        console.print("counting which experts the base uses on data.validation")
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.experts.counting():
+            for batch in self._batches():
+                batch = batch.to(self.model.device)
+                self.model(batch.tokens_T, batch.cu_seqlens)
+        self.model.train(was_training)
+        self._write_load(0)
+
+    def measure(self, step: int) -> float:
+        """The loss over all held-out rows; it and the load of the experts are written."""
+        with self.experts.counting():
+            loss = validation_loss(self.model, self._batches())
+        self.metrics.write("eval", step, loss=loss, perplexity=math.exp(min(loss, 700.0)))
+        if self._loads:
+            self._write_load(step)
+        return loss
+
+    def summary(self) -> str | None:
+        """A line on the experts at the last validation, if there are any and there was one."""
+        return describe_load(self._loads[-1]) if len(self._loads) > 1 else None
+
+    def _batches(self) -> Iterator[Batch]:
+        assert self.split is not None
+        return batches(self.split, max_tokens=self.max_tokens)
+
+    def _write_load(self, step: int) -> None:
+        counts = self.experts.counts()
+        base = {layer: load["counts"] for layer, load in self._loads[0]["layers"].items()} if self._loads else counts
+        row = load_row(counts, base)
+        self.metrics.write("experts", step, **row)
+        self._loads.append({"step": step, **row})
