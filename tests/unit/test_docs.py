@@ -29,7 +29,8 @@ from nemotune.models import build_model, config, load_model, load_tokenizer, par
 from nemotune.models.loading import FAMILIES, UNUSED_PREFIXES
 from nemotune.plan.cost import OPTIMIZER_BYTES
 from nemotune.recipe import Data, Lora, Train, load
-from nemotune.train import health, run
+from nemotune.train import deadline, health, run
+from nemotune.train.experts import load_row
 from nemotune.train.metrics import read_metrics
 from nemotune.train.schedule import WSD_DECAY
 from nemotune.workflow.run_dir import MAY_CHANGE
@@ -181,6 +182,21 @@ def test_columns_of_the_metrics_are_told(tmp_path):
     trained, evaluated = read_metrics(tmp_path / "run")
     assert columns(TRAINING, "column | meaning") == [key for key in trained if key != "kind"]
     assert set(evaluated) == {"kind", "step", "loss", "perplexity"}
+
+
+def test_what_is_recorded_of_experts_is_told():
+    [layer] = load_row({"1": [2, 0]}, {"1": [1, 1]})["layers"].values()
+    assert columns(TRAINING, "of a layer | meaning") == list(layer)
+
+
+def test_what_a_deadline_reckons_with_is_told():
+    text = " ".join(TRAINING.read_text().split())
+    assert f"the longest of the last {deadline.RECENT_STEPS} steps" in text
+    assert deadline.CHECKPOINTS_AT_THE_END == 3 and "three times the longest checkpoint" in text
+    assert f"{deadline.BYTES_PER_SECOND / 1e6:.0f} MB a second" in text
+    assert (deadline.MARGIN_SECONDS, deadline.MARGIN_SHARE) == (60, 1 / 20) and "a minute, or of a twentieth of the whole time" in text
+    reckoned = deadline.Deadline().reckon(checkpoint_bytes=0.0, validation_steps=0.0)
+    assert [name for name in ("seconds_left", *reckoned) if f"`{name}`" not in text] == []
 
 
 # evaluation.md

@@ -74,6 +74,7 @@ def write_report(run_dir: Path) -> Path:
         record=record, recipe=record["recipe"], recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True),
         comparison=comparison, intervals=_intervals(comparison), summary=summarize(tuned), kinds=choose_samples(base, tuned),
         loss_chart=_loss_chart(metrics), detail_charts=_detail_charts(metrics), last=_last(metrics, "train"), warnings=_warnings(metrics),
+        loads=[row for row in metrics if row["kind"] == "experts"], is_cut=bool(metrics) and metrics[-1]["kind"] == "deadline",
         stats=_read_json(run_dir / "data" / "stats.json", remedy="prepare it again with `nemotune data RUN --overwrite`"),
         coverage=_read_json(run_dir / "coverage.json"), environment=_read_json(run_dir / "environment.json"), left=_left(run_dir),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from toy_run import make_run
 
 from nemotune.errors import MissingFileError
 from nemotune.evaluate.report import write_report
+from nemotune.train.experts import load_row
 
 VOID = {"meta"}
 
@@ -121,6 +123,26 @@ def test_answers_of_a_base_without_its_comparison_are_not_shown(run_dir):
     assert "base · exact" in seen(run_dir)
     (run_dir / "eval" / "compare.json").unlink()
     assert "base · exact" not in seen(run_dir)
+
+
+def test_the_load_of_experts_is_shown_for_the_base_and_the_last_validation(run_dir):
+    assert "Experts" not in seen(run_dir)
+    base, counts = {"1": [5, 3, 2, 0], "4": [1, 1, 1, 1]}, {"1": [2, 6, 1, 1], "4": [1, 1, 1, 1]}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        for step, found in ((0, base), (60, base), (120, counts)):
+            file.write(json.dumps({"kind": "experts", "step": step, **load_row(found, base)}) + "\n")
+    text = seen(run_dir)
+    assert "at the last validation (step 120)" in text and "2 layers, drift up to 0.400" in text
+    assert "1 4 50.00 % 60.00 % 0.00 % 10.00 % 0.400 4 4 25.00 % 25.00 % 25.00 % 25.00 % 0.000" in text
+
+
+def test_a_deadline_is_told_until_the_run_goes_on(run_dir):
+    metrics = run_dir / "metrics.jsonl"
+    rows = metrics.read_text()
+    metrics.write_text(rows + json.dumps({"kind": "deadline", "step": 120, "seconds_left": 70.0}) + "\n")
+    assert "Stopped at its deadline; --resume goes on." in seen(run_dir)
+    metrics.write_text(metrics.read_text() + rows.splitlines()[-1] + "\n")
+    assert "deadline;" not in seen(run_dir)
 
 
 def test_a_directory_without_a_run_is_an_error(tmp_path):
