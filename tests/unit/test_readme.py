@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import typer
-from pages import DOCS, PAGES, README, ROOT, blocks, commands, table_rows
+from pages import DOCS, PAGES, README, ROOT, blocks, coded, commands, table_rows
 
 from nemotune.cli import finetune
 from nemotune.cli.main import MODULES, VERBS, app
@@ -100,6 +100,16 @@ def test_cli_page_has_every_verb_with_its_options() -> None:
         inner = {f"{verb} {name}": found for name, found in command.commands.items()} if hasattr(command, "commands") else {verb: command}
         real |= {name: {option for p in found.params for option in p.opts if option.startswith("--")} for name, found in inner.items()}
     assert told == real
+
+
+def test_cli_page_has_every_option_of_finetune() -> None:
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    short = {coded(row[0])[0].split()[0] for row in table_rows(DOCS / "cli.md", "`finetune` | is")}
+    shared = re.search(r"It also takes (.*) and overrides", text)
+    assert shared
+    command: Any = typer.main.get_command(finetune.app)
+    real = {option for p in command.params for option in p.opts if option.startswith("--")}
+    assert short | set(coded(shared[1])) == real
 
 
 def test_readme_lists_what_is_not_built_yet() -> None:
