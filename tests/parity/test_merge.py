@@ -19,6 +19,7 @@ from nemotune.weights import WritePlan, write_checkpoint
 
 TOKENS = torch.randint(0, 96, (29,), generator=torch.Generator().manual_seed(1))
 BORDERS = torch.tensor([0, 29], dtype=torch.int32)
+PATTERNS = Lora(rank=4, alpha=8, rank_pattern={"experts": 2, "q_proj": 9}, alpha_pattern={"mamba": 20, "experts.up_proj": 3})
 ALL = Lora(rank=4, alpha=8, targets=("attention", "mamba", "mlp", "shared_experts", "experts"))
 
 
@@ -35,7 +36,8 @@ def with_adapter(path, variant, lora, *, dtype="float32"):
 
 
 @pytest.mark.parametrize(
-    "variant, lora", [("hybrid", ALL), ("latent", Lora(rank=4, alpha=8)), ("llama", Lora(rank=4)), ("llama_tied", Lora(rank=4))]
+    "variant, lora",
+    [("hybrid", ALL), ("hybrid", PATTERNS), ("latent", Lora(rank=4, alpha=8)), ("llama", Lora(rank=4)), ("llama_tied", Lora(rank=4))],
 )
 def test_merged_logits_equal_adapter_logits(variant, lora, tmp_path):
     ours = with_adapter(tmp_path, variant, lora)

@@ -39,6 +39,11 @@ CASES = {
     "latent": ("latent", Lora(rank=4, alpha=8)),
     "lm_head": ("hybrid", Lora(rank=4, alpha=8, targets=("lm_head", "mlp"))),
     "llama": ("llama", Lora(rank=4, alpha=8, dropout=0.1)),
+    "ranks": ("hybrid", Lora(rank=4, alpha=8, rank_pattern={"q_proj": 2, "attention": 6, "experts.up_proj": 3, "shared_experts": 5})),
+    "alphas": (
+        "hybrid",
+        Lora(rank=4, alpha=8, rslora=True, rank_pattern={"experts": 2}, alpha_pattern={"experts.down_proj": 4, "mamba": 20}),
+    ),
 }
 
 
@@ -66,7 +71,11 @@ THEIRS = {
     "pattern": ("hybrid", dict(target_modules=r".*\.(q|o|down)_proj", use_rslora=True)),
     "all_linear_but": ("llama", dict(target_modules="all-linear", exclude_modules=["layers.1.mlp.up_proj", "k_proj"])),
     "lm_head": ("llama", dict(target_modules=["lm_head", "v_proj"])),
-}
+    "patterns": ("hybrid", dict(
+        target_modules=["q_proj", "k_proj", "in_proj", "up_proj"], target_parameters=["experts.up_proj", "experts.down_proj"],
+        rank_pattern={r"layers\.\d.*up_proj": 5, "k_proj": 2}, alpha_pattern={"model.layers.2.mixer.q_proj": 20, "experts.down_proj": 3},
+    )),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", THEIRS)

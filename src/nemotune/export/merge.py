@@ -19,6 +19,7 @@ from torch import Tensor
 from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.files import staged_directory
 from nemotune.lora.adapter import Adapter, read_adapter
+from nemotune.lora.layers import scale
 from nemotune.models.config import read_config
 from nemotune.models.loading import build_model, check_weights, copy_side_files, disk_pieces
 from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
@@ -113,11 +114,12 @@ def _is_updated(written: Tensor, name: str, plan: MergePlan) -> bool:
     rows = slice(None, None, max(1, len(written) // SAMPLED_ROWS))
     A, B = (t.double() if expert is None else t[expert].double() for t in plan.adapter.pairs[module])
     base = plan.base.read(name)[rows].double()
-    exact = base + plan.adapter.scale * (B[rows] @ A)
-    summed = base.abs() + plan.adapter.scale * (B[rows].abs() @ A.abs())
+    its = plan.adapter.settings[module]
+    exact = base + scale(its) * (B[rows] @ A)
+    summed = base.abs() + scale(its) * (B[rows].abs() @ A.abs())
     kind = torch.finfo(written.dtype)
     # half a unit in the last place of the dtype, and what fp32 sums of rank terms lose
-    allowed = 0.501 * kind.eps * exact.abs().clamp(min=kind.tiny) + (4 + plan.adapter.lora.rank) * torch.finfo(torch.float32).eps * summed
+    allowed = 0.501 * kind.eps * exact.abs().clamp(min=kind.tiny) + (4 + its.rank) * torch.finfo(torch.float32).eps * summed
     return bool(((written[rows].double() - exact).abs() <= allowed).all())
 
 

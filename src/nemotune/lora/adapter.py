@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from nemotune.errors import CheckpointError, MissingFileError
 from nemotune.files import staged_directory
 from nemotune.lora.dropout import DropoutKeys
-from nemotune.lora.layers import LoRAExperts, lora_modules
-from nemotune.lora.peft_form import named_modules, peft_config, peft_keys, read_peft_config, unplaced_parameters
-from nemotune.lora.targets import apply_lora, linear_modules
+from nemotune.lora.layers import LoRAExperts, lora_modules, scale
+from nemotune.lora.peft_form import named_modules, peft_config, peft_keys, read_peft_config, spellings, unplaced_parameters
+from nemotune.lora.targets import apply_lora, linear_modules, module_settings
 from nemotune.models.base import CausalLM
 from nemotune.recipe import Lora
 from nemotune.weights import TensorInfo, WritePlan, write_checkpoint
@@ -31,19 +31,16 @@ OUT_PROJ_NOTE = "PEFT refuses Mamba's out_proj, which this adapter has: it loads
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as read: A [..., rank, in] and B [..., out, rank] by the name of the module that they adapt."""
+    """An adapter as read, by the name of the adapted module: A [..., rank, in] and B [..., out, rank], and what holds for it."""
 
     lora: Lora
     pairs: dict[str, tuple[Tensor, Tensor]]
+    settings: dict[str, Lora]
 
     def delta(self, module: str, expert: int | None = None) -> Tensor:
         """The update of a module's weight (of one expert's), fp32."""
         A, B = self.pairs[module] if expert is None else (t[expert] for t in self.pairs[module])
-        return B.float() @ A.float() * self.scale
-
-    @property
-    def scale(self) -> float:
-        return self.lora.alpha / (self.lora.rank**0.5 if self.lora.rslora else self.lora.rank)
+        return B.float() @ A.float() * scale(self.settings[module])
 
 
 def save_adapter(model: CausalLM, directory: Path, lora: Lora, *, base: str, overwrite: bool = False) -> list[str]:
@@ -90,9 +87,10 @@ def read_adapter(directory: Path, model: CausalLM) -> Adapter:
     pairs, problems = {}, [f"target_parameters: '{name}' are no experts" for name in unplaced_parameters(config, model)]
     for name in named:
         A, B = (_take(tensors, peft_keys(name, named, model), which) for which in ("lora_A", "lora_B"))
+        rank = config.rank_of(spellings(name, model))
         if A is None or B is None:
             problems.append(f"{name}: {CONFIG} names it, {WEIGHTS} has no {'lora_A' if A is None else 'lora_B'} of it")
-        elif (got := (tuple(A.shape), tuple(B.shape))) != (expected := _flat_shapes(model.get_submodule(name), config.r)):
+        elif (got := (tuple(A.shape), tuple(B.shape))) != (expected := _flat_shapes(model.get_submodule(name), rank)):
             problems.append(f"{name}: got A and B of {got}, expected {expected}")
         else:
             pairs[name] = _unflattened(A, B, model.get_submodule(name))
@@ -101,7 +99,8 @@ def read_adapter(directory: Path, model: CausalLM) -> Adapter:
         listed = "\n  ".join(problems[:8] or [f"{CONFIG} names no module of it"])
         more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{directory}: does not fit {model.family}:\n  {listed}{more}\nCheck that adapter and base belong together")
-    return Adapter(config.lora(pairs), pairs)
+    lora = config.lora({name: spellings(name, model) for name in named})
+    return Adapter(lora, pairs, module_settings(named, lora))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ class LoRALayer(nn.Module):
     def __init__(self, base: Linear | GroupedLinear, lora: Lora, *, name: str, keys: DropoutKeys, seed: int):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+        self.scale = scale(lora)
         self.probability, self.keys, self.module_id = lora.dropout, keys, zlib.crc32(name.encode())
         experts = (base.num_experts,) if isinstance(base, GroupedLinear) else ()
         device = next(chain(base.parameters(), base.buffers())).device
@@ -79,6 +79,11 @@ class LoRAExperts(LoRALayer):
 def expert_keys(keys_T: Tensor, sent: Dispatch) -> Tensor:
     """A key per row sorted by expert: its token's, told apart by the expert."""
     return mix(keys_T[sent.tokens_M] + (sent.experts_M + 1) * GOLDEN)
+
+
+def scale(lora: Lora) -> float:
+    """What B A is multiplied by."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
 def wrap(base: nn.Module, lora: Lora, *, name: str, keys: DropoutKeys, seed: int) -> LoRALayer:

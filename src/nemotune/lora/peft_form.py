@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from nemotune.errors import CheckpointError
-from nemotune.lora.targets import linear_modules
+from nemotune.lora.targets import linear_modules, module_settings
 from nemotune.models.base import CausalLM
 from nemotune.recipe import Lora
 
+Number = TypeVar("Number", int, float)
 PREFIX = "base_model.model."
 UNUSED = (None, False, "none", [], {})  # how PEFT writes a setting that is not used
 WITHOUT_EFFECT = {  # on what a trained adapter computes
@@ -45,15 +46,17 @@ class PeftConfig(BaseModel):
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     target_parameters: list[str] | None = None
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, PositiveFloat] | None = None
 
-    @field_validator("target_modules", "exclude_modules")
+    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     @classmethod
-    def _is_a_pattern(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, str):
+    def _is_a_pattern(cls, value: Any) -> Any:
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
             try:
-                re.compile(value)
+                re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"got {value!r}, no regular expression ({error})") from error
+                raise ValueError(f"got {pattern!r}, no regular expression ({error})") from error
         return value
 
     def names(self, spellings: list[str], block_type: str) -> bool:
@@ -66,9 +69,21 @@ class PeftConfig(BaseModel):
             chosen = _matches(self.target_modules, spellings)
         return chosen and not _matches(self.exclude_modules, spellings)
 
-    def lora(self, targets: Collection[str]) -> Lora:
-        """The same as a recipe's section."""
-        return Lora(rank=self.r, alpha=self.lora_alpha, dropout=self.lora_dropout, rslora=self.use_rslora, targets=tuple(targets))
+    def rank_of(self, spellings: list[str]) -> int:
+        """The rank of the module that goes by `spellings`."""
+        return _first_match(self.rank_pattern, spellings, otherwise=self.r)
+
+    def alpha_of(self, spellings: list[str]) -> float:
+        """Its alpha."""
+        return _first_match(self.alpha_pattern, spellings, otherwise=self.lora_alpha)
+
+    def lora(self, targets: Mapping[str, list[str]]) -> Lora:
+        """The same as a recipe's section, whose targets and patterns are full names; `targets` has what else each goes by."""
+        return Lora(
+            rank=self.r, alpha=self.lora_alpha, dropout=self.lora_dropout, rslora=self.use_rslora, targets=tuple(targets),
+            rank_pattern={name: rank for name, spelled in targets.items() if (rank := self.rank_of(spelled)) != self.r},
+            alpha_pattern={name: alpha for name, spelled in targets.items() if (alpha := self.alpha_of(spelled)) != self.lora_alpha},
+        )  # fmt: skip
 
 
 def read_peft_config(path: Path) -> PeftConfig:
@@ -93,18 +108,18 @@ def read_peft_config(path: Path) -> PeftConfig:
 
 def named_modules(config: PeftConfig, model: CausalLM) -> dict[str, str]:
     """Block type of every module that `config` says is adapted, by our name, in the model's order."""
-    return {name: kind for name, kind in linear_modules(model).items() if config.names(_spellings(name, model), kind)}
+    return {name: kind for name, kind in linear_modules(model).items() if config.names(spellings(name, model), kind)}
 
 
 def unplaced_parameters(config: PeftConfig, model: CausalLM) -> list[str]:
     """The `target_parameters` that are not experts of `model`: others lie in layouts that are not read."""
-    experts = [_spellings(name, model) for name, kind in linear_modules(model).items() if kind == "experts"]
-    return [target for target in config.target_parameters or () if not any(_matches([target], spellings) for spellings in experts)]
+    experts = [spellings(name, model) for name, kind in linear_modules(model).items() if kind == "experts"]
+    return [target for target in config.target_parameters or () if not any(_matches([target], spelled) for spelled in experts)]
 
 
 def peft_keys(name: str, named: Mapping[str, str], model: CausalLM) -> list[str]:
     """What the keys of a module's two tensors may begin with, PEFT's own spelling first; `named` has the block type of all adapted ones."""
-    keys = [PREFIX + spelled for spelled in _spellings(name, model)]
+    keys = [PREFIX + spelled for spelled in spellings(name, model)]
     if named[name] != "experts":
         return keys
     owner, _, last = name.rpartition(".")
@@ -114,19 +129,29 @@ def peft_keys(name: str, named: Mapping[str, str], model: CausalLM) -> list[str]
 
 def peft_config(named: Mapping[str, str], lora: Lora, model: CausalLM, *, base: str) -> dict[str, Any]:
     """adapter_config.json for an adapter of the modules `named`."""
-    linear = [_spellings(name, model)[0] for name, kind in named.items() if kind != "experts"]
-    experts = [_spellings(name, model)[0] for name, kind in named.items() if kind == "experts"]
+    theirs = {name: spellings(name, model)[0] for name in named}
+    linear = [theirs[name] for name, kind in named.items() if kind != "experts"]
+    experts = [theirs[name] for name, kind in named.items() if kind == "experts"]
+    settings = module_settings(named, lora)
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
         "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "use_dora": False, "fan_in_fan_out": False,
         "lora_dropout": 0.0 if experts else lora.dropout, "target_modules": linear, "target_parameters": experts or None,
+        "rank_pattern": {theirs[name]: its.rank for name, its in settings.items() if its.rank != lora.rank},
+        "alpha_pattern": {theirs[name]: its.alpha for name, its in settings.items() if its.alpha != lora.alpha},
     }  # fmt: skip
 
 
-def _spellings(name: str, model: CausalLM) -> list[str]:
+def spellings(name: str, model: CausalLM) -> list[str]:
     """transformers' name of a module of ours, and ours where that is another."""
     theirs = [alias + name.removeprefix(ours) for alias, ours in model.aliases.items() if name.startswith(ours)]
     return [*theirs, name]
+
+
+def _first_match(pattern: Mapping[str, Number] | None, spellings: list[str], *, otherwise: Number) -> Number:
+    """As PEFT: the value of the first key that is, as a regular expression, the name or its last parts."""
+    matched = (value for key, value in (pattern or {}).items() if any(re.match(rf"(.*\.)?({key})$", name) for name in spellings))
+    return next(matched, otherwise)
 
 
 def _matches(targets: str | list[str] | None, spellings: list[str]) -> bool:

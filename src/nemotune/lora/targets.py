@@ -1,6 +1,6 @@
-"""Which modules LoRA adapts: block types, module names or `default`, and the table that shows what that came to.
+"""Which modules LoRA adapts, and at which rank: block types, module names or `default`, and the table that shows what that came to.
 
-A target that matches nothing is an error. The router is never a target: its choice is part of the base.
+A target or a pattern's key that matches nothing is an error. The router is never a target: its choice is part of the base.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -52,14 +53,15 @@ class Coverage:
 def apply_lora(model: CausalLM, lora: Lora, *, seed: int = 0) -> DropoutKeys:
     """Freeze the model and adapt the targets in place. Returns the keys that its dropout draws from.
 
-    Raises RecipeError for targets that match nothing.
+    Raises RecipeError for targets and keys of patterns that match nothing.
     """
-    names = matched_modules(model, lora.targets)
+    kinds = linear_modules(model)
+    settings = module_settings({name: kinds[name] for name in matched_modules(model, lora.targets)}, lora)
     model.requires_grad_(False)
     keys = DropoutKeys()
-    for name in names:
+    for name, its in settings.items():
         owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, wrap(model.get_submodule(name), lora, name=name, keys=keys, seed=seed))
+        setattr(model.get_submodule(owner), last, wrap(model.get_submodule(name), its, name=name, keys=keys, seed=seed))
     return keys
 
 
@@ -72,16 +74,51 @@ def matched_modules(model: CausalLM, targets: str | tuple[str, ...]) -> list[str
         raise UnsupportedError("lora.targets: 'embeddings' is not built yet; leave it out, or train with method: full")
     problems, chosen = [], set()
     for target in targets:
-        matched = {name for name, block_type in modules.items() if target == block_type or f".{name}".endswith(f".{target}")}
+        matched = _reached(target, modules)
         if not matched:
-            known = {*modules.values(), *(name.rsplit(".", 1)[-1] for name in modules)} - {"head"}
-            problems.append(
-                f"lora.targets: '{target}' matches no module of {model.family}.{did_you_mean(target, known)} Known: {', '.join(sorted(known))}"
-            )
-        chosen |= matched
+            problems.append(f"lora.targets: '{target}' matches no module of {model.family}.{_suggestion(target, modules)}")
+        chosen.update(matched)
     if problems:
         raise RecipeError("\n".join(problems))
     return [name for name in modules if name in chosen]
+
+
+def module_settings(adapted: Mapping[str, str], lora: Lora) -> dict[str, Lora]:
+    """What holds for each of the adapted modules (name -> block type): `lora` with the rank and the alpha that its patterns give it.
+
+    Raises RecipeError naming every key that decides for none of them.
+    """
+    (ranks, wrong_ranks), (alphas, wrong_alphas) = _decided(lora.rank_pattern, adapted), _decided(lora.alpha_pattern, adapted)
+    problems = [f"lora.rank_pattern: {wrong}" for wrong in wrong_ranks] + [f"lora.alpha_pattern: {wrong}" for wrong in wrong_alphas]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    plain = lora.model_copy(update={"rank_pattern": {}, "alpha_pattern": {}})
+    return {name: plain.model_copy(update={"rank": ranks.get(name, lora.rank), "alpha": alphas.get(name, lora.alpha)}) for name in adapted}
+
+
+def _decided(pattern: Mapping[str, Any], adapted: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The value of each module that a key matches, the first such key's; and what is wrong with keys that decide for none."""
+    values: dict[str, Any] = {}
+    problems = []
+    for key, value in pattern.items():
+        matched = _reached(key, adapted)
+        if not matched:
+            problems.append(f"'{key}' matches no adapted module.{_suggestion(key, adapted)}")
+        elif values.keys() >= set(matched):
+            problems.append(
+                f"'{key}' decides nothing, since the first key that matches a module counts. Put it before the more general one"
+            )
+        values = dict.fromkeys(matched, value) | values
+    return values, problems
+
+
+def _reached(target: str, modules: Mapping[str, str]) -> list[str]:
+    return [name for name, block_type in modules.items() if target == block_type or f".{name}".endswith(f".{target}")]
+
+
+def _suggestion(target: str, modules: Mapping[str, str]) -> str:
+    known = {*modules.values(), *(name.rsplit(".", 1)[-1] for name in modules)} - {"head"}
+    return f"{did_you_mean(target, known)} Known: {', '.join(sorted(known))}"
 
 
 def linear_modules(model: CausalLM) -> dict[str, str]:

@@ -94,12 +94,17 @@ class Data(Section):
 
 
 class Lora(Section):
-    """LoRA (arXiv 2106.09685). `targets`: block types, module names, or `default` (every linear block type but Mamba's out_proj)."""
+    """LoRA (arXiv 2106.09685). `targets`: block types, module names, or `default` (every linear block type but Mamba's out_proj).
+
+    The patterns give ranks and alphas of their own to some of the targets; the first key that matches a module counts, as in PEFT.
+    """
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32
     dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
     targets: Literal["default"] | Annotated[tuple[str, ...], Field(min_length=1)] = "default"
+    rank_pattern: dict[str, PositiveInt] = {}
+    alpha_pattern: dict[str, PositiveFloat] = {}
     rslora: bool = False
     dora: bool = False
     plus_ratio: PositiveFloat | None = None  # LoRA+ (arXiv 2402.12354): the rate of B over that of A

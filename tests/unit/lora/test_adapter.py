@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from nemotune.errors import CheckpointError
 from nemotune.lora import apply_lora, load_adapter, lora_modules, save_adapter
 from nemotune.lora.adapter import read_adapter
+from nemotune.lora.layers import scale
 from nemotune.models import build_model, load_model, read_config
 from nemotune.recipe import Lora
 
@@ -64,7 +65,7 @@ def keep(adapter, *parts):
 
 def test_what_is_read_is_what_was_saved(adapter, base):
     got = read(adapter, base)
-    assert got.lora == Lora(rank=2, alpha=6, targets=tuple(got.pairs)) and got.scale == 3.0
+    assert got.lora == Lora(rank=2, alpha=6, targets=tuple(got.pairs)) and scale(got.lora) == 3.0
     assert len(got.pairs) == 4 + 2 + 2 * 2
 
 
@@ -142,6 +143,9 @@ def test_experts_of_another_rank_are_named(adapter, base):
         ({"r": 0}, "r: Input should be greater than 0"),
         ({"peft_type": "LOHA"}, "peft_type: Input should be 'LORA'"),
         ({"target_modules": "(q_proj"}, r"target_modules: .*no regular expression"),
+        ({"rank_pattern": {"(q_proj": 3}}, r"rank_pattern: .*no regular expression"),
+        ({"alpha_pattern": {"q_proj": "much"}}, r"alpha_pattern: Input should be a valid number"),
+        ({"rank_pattern": {"q_proj": 3}}, r"layers\.2\.mixer\.q_proj: got A and B of \(\(2, 32\).*expected \(\(3, 32\)"),
         ({"target_parameters": ["q_proj.weight"]}, r"target_parameters: 'q_proj\.weight' are no experts"),
         ({"target_modules": ["w1"], "target_parameters": None}, "no module that adapter_config.json names"),
     ],
@@ -162,7 +166,7 @@ def test_an_adapter_of_nothing_is_refused(adapter, base):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4}), ("fan_in_fan_out", True), ("bias", "lora_only"),
+        ("use_dora", True), ("fan_in_fan_out", True), ("bias", "lora_only"),
         ("modules_to_save", ["lm_head"]), ("layers_to_transform", [2]), ("layers_pattern", "layers"), ("lora_bias", True), ("use_qalora", True),
         ("layer_replication", [[0, 2]]), ("trainable_token_indices", [5]), ("alora_invocation_tokens", [1]), ("init_lora_weights", "pissa"),
         ("a_setting_of_tomorrow", "on"),

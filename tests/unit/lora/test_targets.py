@@ -75,3 +75,37 @@ def test_the_router_is_never_trained(tmp_path):
     model = load_model(tmp_path / "hf")
     apply_lora(model, Lora(rank=2))
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".gate." in name)
+
+
+def settings(tmp_path, **patterns):
+    """Rank and scale of every adapted module, and the table."""
+    make("hybrid").save_pretrained(tmp_path / "hf")
+    model = load_model(tmp_path / "hf")
+    apply_lora(model, Lora(rank=2, alpha=4, targets=("attention", "mlp", "experts"), **patterns))
+    return {
+        name.split("layers.")[-1]: (layer.lora_A.shape[-2], layer.lora_B.shape[-1], layer.scale) for name, layer in lora_modules(model)
+    }, coverage(model)
+
+
+def test_patterns_give_their_modules_ranks_and_alphas(tmp_path):
+    found, table = settings(
+        tmp_path, rank_pattern={"q_proj": 8, "attention": 4, "experts.up_proj": 1}, alpha_pattern={"layers.3.mixer.up_proj": 6}
+    )
+    assert found["2.mixer.q_proj"] == (8, 8, 0.5) and found["2.mixer.k_proj"] == (4, 4, 1.0)
+    assert found["1.mixer.experts.up_proj"] == (1, 1, 4.0) and found["1.mixer.experts.down_proj"] == (2, 2, 2.0)
+    assert found["3.mixer.up_proj"] == (2, 2, 3.0) and found["3.mixer.down_proj"] == (2, 2, 2.0)
+    rows = {row.block_type: row.parameters for row in table.rows}
+    assert rows["attention"] == 8 * (32 + 32) + 4 * (2 * (32 + 16) + 32 + 32) and rows["mlp"] == 2 * 2 * (32 + 48)
+    assert rows["experts"] == 2 * 6 * (1 + 2) * (32 + 24)
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_every_key_of_a_pattern_that_decides_nothing_is_told(tmp_path, pattern):
+    with pytest.raises(RecipeError) as error:
+        settings(tmp_path, **{pattern: {"atention": 8, "attention": 4, "q_proj": 8, "mamba": 2}})
+    told = str(error.value).splitlines()
+    assert told[0].startswith(
+        f"lora.{pattern}: 'atention' matches no adapted module. Did you mean 'attention'? Known: attention, down_proj"
+    )
+    assert told[1].startswith(f"lora.{pattern}: 'q_proj' decides nothing") and "Put it before the more general one" in told[1]
+    assert told[2].startswith(f"lora.{pattern}: 'mamba' matches no adapted module.") and len(told) == 3
