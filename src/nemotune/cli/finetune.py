@@ -7,6 +7,7 @@ Each option is an override of the recipe; what the recipe cannot carry out is re
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -35,11 +36,12 @@ def finetune(
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune a small Nemotron for function calling: the recipe glaive-nano-4b in one line."""
+    started = time.time()
     settings = {"model.path": model, "data.train": data, "data.max_samples": max_samples}
     short = [f"{key}={value}" for key, value in settings.items() if value is not None]
     short += ["export.merged=true"] if merge else []
     short += [f"export.gguf=[{', '.join(gguf)}]"] if gguf else []
-    carry_out("run", RECIPE, [*short, *(overrides or ())], output, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    carry_out("run", RECIPE, [*short, *(overrides or ())], output, resume=resume, overwrite=overwrite, dry_run=dry_run, started=started)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,6 +64,6 @@ def training_verb(verb: str, summary: str) -> typer.Typer:
         overwrite: Overwrite = False,
         dry_run: DryRun = False,
     ) -> None:
-        carry_out(verb, recipe, overrides, run_dir, resume=resume, overwrite=overwrite, dry_run=dry_run)
+        carry_out(verb, recipe, overrides, run_dir, resume=resume, overwrite=overwrite, dry_run=dry_run, started=time.time())
 
     return app

@@ -32,10 +32,10 @@ class Deadline:
         self._longest: dict[str, float] = {}
 
     @classmethod
-    def of(cls, recipe: Recipe, *, clock: Callable[[], float] = time.time) -> Deadline:
-        """That of a command that starts now. Raises RecipeError where it is past."""
+    def of(cls, recipe: Recipe, *, started: float | None = None, clock: Callable[[], float] = time.time) -> Deadline:
+        """That of a command that `started` then, or now. Raises RecipeError where it is past."""
         text = recipe.train.deadline
-        at = None if text is None else stop_time(text, started=clock())
+        at = None if text is None else stop_time(text, started=clock() if started is None else started)
         if at is not None and at <= clock():
             raise RecipeError(f"train.deadline: got {text}, which is past; name a later time, or a duration such as train.deadline=11h30m")
         return cls(at, clock=clock)

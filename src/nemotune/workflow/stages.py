@@ -30,13 +30,15 @@ from nemotune.train.checkpoint import Checkpoints
 from nemotune.workflow.run_dir import FROM_TRAINED, discard, held, is_begun, open_run, record, refuse_begun, require_same_model
 
 
-def run(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
-    """The whole run. With `dry_run`, the plan and the list of what would be written."""
+def run(
+    recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console, started: float | None = None
+) -> None:
+    """The whole run. With `dry_run`, the plan and the list of what would be written. Its deadline counts from `started`, or from now."""
     if dry_run:
         plan(recipe, console=console)
         _say(console, f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {native.trained_name(recipe)}, eval, export, report.html")
         return
-    deadline = Deadline.of(recipe)
+    deadline = Deadline.of(recipe, started=started)
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
     console.rule(escape(f"{recipe.name} in {run_dir}"), align="left")
     estimate(recipe)  # a target or a config that does not fit is told before the rows are read
@@ -67,13 +69,15 @@ def plan(recipe: Recipe, *, console: Console) -> None:
     console.print(cost_line(cost))
 
 
-def train(recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
+def train(
+    recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console, started: float | None = None
+) -> None:
     """Train on the prepared rows, preparing them first where they are not there."""
     if dry_run:
         plan(recipe, console=console)
         _say(console, f"would write {run_dir / native.trained_name(recipe)}")
         return
-    deadline = Deadline.of(recipe)
+    deadline = Deadline.of(recipe, started=started)
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
     estimate(recipe)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)

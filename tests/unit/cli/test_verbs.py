@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from nemotune.cli import finetune
+from nemotune.cli import finetune, options
 from nemotune.cli.main import app
 from nemotune.errors import NemotuneError
 from nemotune.recipe import load
@@ -58,6 +59,24 @@ def test_options_reach_the_stage(verb: str, asked: list[tuple[str, dict[str, Any
     first, second = (arguments for _, arguments in asked)
     assert (first["resume"], first["overwrite"], first["dry_run"], first["run_dir"]) == (True, False, True, Path("runs/other"))
     assert (second["resume"], second["overwrite"], second["dry_run"], second["run_dir"]) == (False, True, False, Path("elsewhere"))
+
+
+@pytest.mark.parametrize(("application", "words"), [(app, ["run"]), (app, ["train"]), (finetune.app, [])])
+def test_the_start_of_a_command_is_before_its_imports(
+    application: Any, words: list[str], asked: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadline counts from it. The recipe is opened before torch is imported."""
+    opened: list[float] = []
+
+    def open_recipe(*args: Any, **rest: Any) -> Any:
+        opened.append(time.time())
+        return real(*args, **rest)
+
+    real = options.open_recipe
+    monkeypatch.setattr(options, "open_recipe", open_recipe)
+    before = time.time()
+    typed(*words, application=application)
+    assert before <= asked[0][1]["started"] <= opened[0]
 
 
 def test_run_directory_stands_for_its_recipe(asked: list[tuple[str, dict[str, Any]]], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,7 +144,7 @@ class Clock:
 def clock(monkeypatch):
     """The time that a command's deadline goes by."""
     clock = Clock()
-    monkeypatch.setattr(stages.Deadline, "of", lambda recipe: Deadline(100.0, clock=clock))
+    monkeypatch.setattr(stages.Deadline, "of", lambda recipe, started: Deadline(100.0, clock=clock))
     return clock
 
 
@@ -185,6 +186,16 @@ def test_a_training_that_its_deadline_ended_says_how_to_go_on_and_is_not_evaluat
     told = capsys.readouterr().out
     assert "stopped at the deadline after 7 steps; the best weights are kept; `--resume` goes on" in told
     assert f"next: nemotune run {tmp_path / 'run'} --resume" in told
+
+
+def test_a_deadline_counts_from_the_start_that_the_command_names(tmp_path, trained_at_once):
+    recipe = load("quickstart", [*SETTINGS, "evaluate.tasks=[]", "export.merged=false", "train.deadline=1h"])
+    long_ago = time.time() - 3601
+    for verb in (stages.run, stages.train):
+        with pytest.raises(RecipeError, match="which is past"):
+            verb(recipe, resume=False, started=long_ago, **options(tmp_path / "run"))
+    stages.run(recipe, resume=False, started=time.time(), **options(tmp_path / "run"))
+    stages.train(recipe, resume=True, **options(tmp_path / "run"))
 
 
 def test_a_deadline_in_the_past_is_refused_before_anything_is_written(tmp_path):
