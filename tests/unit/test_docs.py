@@ -266,3 +266,11 @@ def test_parity_figures_are_those_of_the_tests():
         body = functions[name.strip("`")]
         assert [figure for figure in re.findall(r"1e-\d", within) if f"< {figure}" not in body] == [], promise
         assert "equal" not in within or "torch.equal(" in body or "==" in body, promise
+
+
+def test_every_promise_names_tests_that_exist():
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    rows = table_rows(ROOT / "docs" / "promises.md", "elsewhere | here | test")
+    assert len(rows) > 15
+    missing = [name for *_, named in rows for name in re.findall(r"`(test_\w+)`", named) if f"def {name}(" not in sources]
+    assert missing == [] and all("`test_" in named for *_, named in rows)

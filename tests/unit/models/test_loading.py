@@ -66,7 +66,8 @@ def test_names_that_other_tools_write_load_and_are_kept(hybrid, tmp_path):
     assert Checkpoint(tmp_path / "ours").tensors.keys() == Checkpoint(hybrid).tensors.keys()
 
 
-def test_loading_holds_one_tensor_beside_the_model(hybrid, monkeypatch):
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_loading_holds_one_tensor_beside_the_model(hybrid, monkeypatch, quantization):
     alive: weakref.WeakSet = weakref.WeakSet()
     counts, read = [], Checkpoint.read
 
@@ -77,7 +78,7 @@ def test_loading_holds_one_tensor_beside_the_model(hybrid, monkeypatch):
         return tensor
 
     monkeypatch.setattr(Checkpoint, "read", counted)
-    load_model(hybrid)
+    load_model(hybrid, quantization=quantization)
     assert len(counts) > 20 and max(counts) <= 1
 
 
