@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.nemotron_h import modeling_nemotron_h as theirs
 
+from benchmarks.roofline import attention_flops, scan_flops
 from nemotune.models.base import LOGITS_PER_CHUNK, Head
 from nemotune.ops import nf4
 from nemotune.ops.attention import varlen_attention
@@ -115,8 +116,6 @@ def scan(data: Data) -> Iterator[Case]:
     A = -torch.linspace(1, 16, s.mamba_num_heads, device=data.device)
     B, C = (data.draw(s.tokens, s.n_groups, s.ssm_state_size, scale=0.1) for _ in range(2))
     D = torch.ones(s.mamba_num_heads, device=data.device)
-    per_head = 2 * s.chunk_size * s.mamba_head_dim + 4 * s.mamba_head_dim * s.ssm_state_size  # within chunks; states in and out
-    flops = 3 * s.tokens * (s.n_groups * 2 * s.chunk_size * s.ssm_state_size + s.mamba_num_heads * per_head)
 
     def run(documents: Documents) -> Tensor:
         return ssd(x, dt, A, B, C, D, documents, chunk_size=s.chunk_size)[0]
@@ -130,7 +129,7 @@ def scan(data: Data) -> Iterator[Case]:
 
     for name, row in (("one document", data.documents(s.tokens)), (f"{len(data.packed.lengths)} documents", data.packed)):
         call, call_theirs = partial(run, row), partial(run_theirs, row)
-        yield Case(f"scan, {name}", call, call_theirs, [x, dt, B, C], flops, partial(unpad, documents=row))
+        yield Case(f"scan, {name}", call, call_theirs, [x, dt, B, C], scan_flops(s, s.tokens), partial(unpad, documents=row))
 
 
 def attention(data: Data) -> Iterator[Case]:
@@ -145,7 +144,7 @@ def attention(data: Data) -> Iterator[Case]:
     def call() -> Tensor:
         return sdpa_attention_forward(module, *(t.transpose(0, 1)[None] for t in (q, k, v)), attention_mask=mask)[0]
 
-    flops = 6 * s.num_attention_heads * s.head_dim * sum(length**2 for length in documents.lengths)  # two products, causal, three times
+    flops = attention_flops(s, documents.lengths)
     name = f"attention, {len(documents.lengths)} documents"
     yield Case(name, lambda: varlen_attention(q, k, v, documents), call, [q, k, v], flops, lambda y: y[0])
 

@@ -10,42 +10,17 @@ what the gradients need) over the time, in units of a large square product in th
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import save, table
 from benchmarks.op_cases import CASES, SIZES, Case, Data
+from benchmarks.roofline import Clock, matmul_ceiling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Clock:
-    """How long a call is measured, and on what."""
-
-    device: str
-    seconds: float
-
-    def medians(self, **calls: Callable[[], object]) -> dict[str, float]:
-        """The median seconds of each call, made in turn; at least three of each, the first not counted."""
-        found: dict[str, list[float]] = {name: [] for name in calls}
-        while min(map(len, found.values())) < 4 or max(map(sum, found.values())) < self.seconds:
-            for name, call in calls.items():
-                started = self._now()
-                call()
-                found[name].append(self._now() - started)
-        return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,12 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = save("ops", {"figures": figures}, packages=("torch", "transformers", "bitsandbytes"))
     print(show(figures))
     print(f"wrote {path}", file=sys.stderr)
-
-
-def matmul_ceiling(clock: Clock, dtype: torch.dtype, *, size: int) -> float:
-    """Floating-point operations a second of a square product of `size`."""
-    a, b = (torch.randn(size, size, device=clock.device).to(dtype) for _ in range(2))
-    return 2 * size**3 / clock.medians(product=lambda: a @ b)["product"]
 
 
 def measure(case: Case, clock: Clock, ceiling: float) -> dict[str, float]:

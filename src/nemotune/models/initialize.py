@@ -22,10 +22,11 @@ def initialize(model: CausalLM, *, seed: int) -> None:
     """Draw every parameter of `model` in place, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
-        tensor.copy_(_draw(name, tensor, model, generator))
+        tensor.copy_(draw(name, tensor, model, generator))
 
 
-def _draw(name: str, tensor: Tensor, model: CausalLM, generator: torch.Generator) -> Tensor:
+def draw(name: str, tensor: Tensor, model: CausalLM, generator: torch.Generator) -> Tensor:
+    """Fresh values for the parameter or buffer `name`, whose shape `tensor` has: fp32, on torch's default device."""
     config = model.config
     owner, last = name.split(".")[-2:] if "." in name else ("", name)
     if last == "e_score_correction_bias" or last == "bias":
