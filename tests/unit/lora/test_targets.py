@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from random_models import make
 
@@ -72,9 +74,12 @@ def test_coverage_counts_what_trains(tmp_path):
 
 def test_the_router_is_never_trained(tmp_path):
     make("hybrid").save_pretrained(tmp_path / "hf")
-    model = load_model(tmp_path / "hf")
+    model = load_model(tmp_path / "hf", trainable=True)
     apply_lora(model, Lora(rank=2))
-    assert not any(p.requires_grad for name, p in model.named_parameters() if ".gate." in name)
+    routers = [(name, p) for name, p in model.named_parameters() if ".gate." in name]
+    assert routers and not any(p.requires_grad for _, p in routers)
+    assert all(name.endswith((".lora_A", ".lora_B")) for name, p in model.named_parameters() if p.requires_grad)
+    assert not any(name.endswith("e_score_correction_bias") for name, _ in model.named_parameters())  # a buffer: no optimiser sees it
 
 
 def settings(tmp_path, **patterns):
@@ -109,3 +114,22 @@ def test_every_key_of_a_pattern_that_decides_nothing_is_told(tmp_path, pattern):
     )
     assert told[1].startswith(f"lora.{pattern}: 'q_proj' decides nothing") and "Put it before the more general one" in told[1]
     assert told[2].startswith(f"lora.{pattern}: 'mamba' matches no adapted module.") and len(told) == 3
+
+
+def test_dora_on_experts_is_refused_in_one_sentence_with_what_to_use(tmp_path):
+    make("hybrid").save_pretrained(tmp_path / "hf")
+    with pytest.raises(
+        UnsupportedError, match=r"^lora\.dora: DoRA is for linear layers, not for experts; use lora\.targets=\[(.*)\], or"
+    ) as error:
+        apply_lora(load_model(tmp_path / "hf"), Lora(rank=2, dora=True))
+    apply_lora(load_model(tmp_path / "hf"), Lora(rank=2, dora=True, targets=tuple(re.search(r"\[(.*)\]", str(error.value))[1].split(", "))))
+
+
+def test_coverage_counts_magnitudes(tmp_path):
+    make("hybrid").save_pretrained(tmp_path / "hf")
+    model = load_model(tmp_path / "hf")
+    base = sum(p.numel() for p in model.parameters())
+    apply_lora(model, Lora(rank=2, dora=True, targets=("mlp",)))
+    table = coverage(model)
+    assert table.parameters == 2 * 2 * (32 + 48) + 48 + 32 == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert table.base_parameters == base
