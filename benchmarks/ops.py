@@ -1,6 +1,6 @@
 """Every op of src/nemotune/ops, forward and backward, against transformers' own torch path and the matrix product of this machine.
 
-    python -m benchmarks.ops [--device cuda] [--size small|scaled|nano] [--seconds 1]
+    python -m benchmarks.ops [--device cuda] [--size small|scaled|nano] [--seconds 0.5]
 
 Both get the same tensors, in turn in one process; what they give is compared first. `scaled` is Nano-30B at about a quarter of
 its widths, `nano` at its own. A share is the op's useful floating-point operations (those of its matrix products: two a multiply-add, forward plus
@@ -73,7 +73,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SIZES, default="scaled")
-    parser.add_argument("--seconds", type=float, default=1.0, help="that the slower contender is called for, per op and dtype")
+    parser.add_argument("--seconds", type=float, default=0.5, help="that the slower contender is called for, per op and dtype")
     return parser.parse_args(argv)
 
 
