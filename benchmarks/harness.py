@@ -42,12 +42,12 @@ def _run(command: Sequence[str]) -> Figures:
 
 
 def save(name: str, figures: Mapping[str, Any], *, packages: Sequence[str]) -> Path:
-    """Write results/NAME.json with the command, the date, the machine and the packages' versions."""
+    """Write results/NAME.json with the command, the date, the machine and the packages' versions. `table` among them is what docs/performance.md shows."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     about = {
         "command": f"python -m benchmarks.{' '.join((name, *sys.argv[1:]))}", "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}", "versions": {package: metadata.version(package) for package in packages},
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}", "versions": {package: metadata.version(package) for package in packages},
     }  # fmt: skip
     path.write_text(json.dumps(about | dict(figures), indent=2) + "\n", encoding="utf-8")
     return path

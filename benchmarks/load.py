@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = in_turn({name: [*command, name] for name in CONTENDERS}, rounds=asked.rounds)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9
     path = save(
-        "load", {"family": asked.family, "directory_gb": size, "figures": figures}, packages=("torch", "transformers", "safetensors")
+        "load",
+        {"family": asked.family, "directory_gb": size, "figures": figures, "table": show(figures, size)},
+        packages=("torch", "transformers", "safetensors"),
     )
     print(show(figures, size))
     print(f"wrote {path}", file=sys.stderr)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name}: {case.__name__} ...", file=sys.stderr, flush=True)
             rows |= {made.name: measure(made, clock, ceiling) for made in case(Data(SIZES[asked.size], dtype, asked.device))}
         figures[name] = {"matmul_gflops": ceiling / 1e9, "ops": rows}
-    path = save("ops", {"figures": figures}, packages=("torch", "transformers", "bitsandbytes"))
+    path = save("ops", {"figures": figures, "table": show(figures)}, packages=("torch", "transformers", "bitsandbytes"))
     print(show(figures))
     print(f"wrote {path}", file=sys.stderr)
 

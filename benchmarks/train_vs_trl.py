@@ -64,12 +64,11 @@ def main() -> None:
     for name, settings in TRL.items():
         given = settings | {"documents_per_step": per_step, "targets": TARGETS[asked.family], "steps": asked.trl_steps}
         commands[name] = [sys.executable, "-m", "benchmarks.train_trl", str(model), str(documents), json.dumps(given)]
-    name = f"train_vs_trl_{asked.family}"
     figures = in_turn(commands, rounds=asked.rounds)
     path = save(
-        "train_vs_trl", {"family": asked.family, "figures": figures}, packages=("torch", "transformers", "peft", "trl", "accelerate")
+        "train_vs_trl", {"figures": figures, "table": show(figures)}, packages=("torch", "transformers", "peft", "trl", "accelerate")
     )
-    path = path.replace(RESULTS / f"{name}.json")
+    path = path.replace(RESULTS / f"train_vs_trl_{asked.family}.json")
     print(show(figures))
     print(f"wrote {path}", file=sys.stderr)
 
@@ -118,7 +117,7 @@ def _write_short_rows(source: Path, target: Path, work: Path, model: Path) -> No
     _prepare(load(str(recipe)), work / "short")
     kept = {json.loads(line)["meta"]["row"] for line in (work / "short" / "train.jsonl").read_text().splitlines()}
     lines = source.read_text(encoding="utf-8").splitlines()
-    target.write_text("".join(lines[row - 1] + "\n" for row in sorted(kept)), encoding="utf-8")
+    target.write_text("".join(lines[row] + "\n" for row in sorted(kept)), encoding="utf-8")
 
 
 if __name__ == "__main__":
