@@ -54,7 +54,7 @@ def _add(counts_E: Tensor, routing: Routing) -> None:
 
 def load_row(counts: Mapping[str, Sequence[int]], base: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """The row of metrics.jsonl: the largest drift, and for each layer its busiest and idlest share, its drift and the counts."""
-    layers = {}
+    layers: dict[str, dict[str, Any]] = {}
     for layer, chosen in counts.items():
         share, before = _shares(chosen), _shares(base[layer])
         drift = sum(abs(now - then) for now, then in zip(share, before, strict=True)) / 2

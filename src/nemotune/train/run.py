@@ -34,6 +34,8 @@ from nemotune.train.schedule import learning_rate, part_of
 from nemotune.train.step import accumulate, gradient_norm, update
 from nemotune.train.validation import Validation
 
+Ended = Literal["finished", "stopped early", "stopped at the deadline"]
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -43,7 +45,7 @@ class TrainResult:
     loss: float
     best_validation_loss: float | None
     weights: str  # "last" or "best"
-    ended: Literal["finished", "stopped early", "stopped at the deadline"]
+    ended: Ended
 
 
 def run(
@@ -148,7 +150,7 @@ def run(
         console.print(f"experts that no gradient reached in the first steps: {sum(unreached.values())} in {len(unreached)} modules")
     if said := held_out.summary():
         console.print(said, highlight=False, soft_wrap=True)
-    ended = "stopped at the deadline" if deadline.has_stopped else "stopped early" if stopped_early else "finished"
+    ended: Ended = "stopped at the deadline" if deadline.has_stopped else "stopped early" if stopped_early else "finished"
     return TrainResult(progress.step, loss, progress.best_loss, _keep_best(model, optimizer, checkpoints), ended)
 
 

@@ -9,6 +9,7 @@ import torch
 from toy_loop import rows
 
 from nemotune.errors import TrainingError
+from nemotune.train import health
 from nemotune.train.checkpoint import Checkpoints
 from nemotune.train.deadline import RECENT_STEPS, Deadline
 
@@ -129,6 +130,29 @@ def test_a_validation_that_does_not_fit_is_not_begun(train, clock):
     start = clock.now
     _, result = train("train.max_steps=20", "train.eval_every=8", doctor=at_work(clock), deadline=Deadline(start + 94, clock=clock))
     assert (result.steps, result.best_validation_loss) == (7, None)
+
+
+def test_a_run_tells_its_deadline_the_bytes_of_a_checkpoint_and_how_long_a_validation_took(train, clock):
+    asked = []
+
+    class Asked(Deadline):
+        def leaves_time(self, **following):
+            asked.append(following)
+            return super().leaves_time(**following)
+
+    deadline = Asked(clock() + 1e6, clock=clock)
+    model, _ = train("train.max_steps=3", "train.eval_every=2", doctor=at_work(clock), deadline=deadline)
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    due = (0, 1, 1)  # after step 2, and after the last
+    assert asked == [{"checkpoint_bytes": 12 * adapter, "validation_steps": steps} for steps in due]
+    assert deadline.reckon(checkpoint_bytes=0.0, validation_steps=1.0)["validation_seconds"] == VALIDATION
+
+
+def test_a_run_that_its_deadline_ends_has_its_adapters_judged(train, clock, monkeypatch):
+    judged = []
+    monkeypatch.setattr(health.Liveness, "judge", lambda self: judged.append(self.steps))
+    _, result = train("train.max_steps=20", doctor=at_work(clock), deadline=Deadline(clock() + 60, clock=clock))
+    assert judged == [result.steps] and 0 < result.steps < health.EXPERT_STEPS
 
 
 SETTINGS = "train.max_steps=12", "train.eval_every=4", "logging.every=5", "train.checkpoint_every=6", "train.schedule=cosine"
