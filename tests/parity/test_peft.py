@@ -28,6 +28,8 @@ def adapted(directory, lora):
     with torch.no_grad():
         for _, layer in lora_modules(model):
             layer.lora_B.normal_(0, 0.2, generator=generator)
+            if lora.dora:
+                layer.lora_magnitude_vector.mul_(torch.rand(layer.out_features, generator=generator) + 0.5)
     return model.eval()
 
 
@@ -44,6 +46,12 @@ CASES = {
         "hybrid",
         Lora(rank=4, alpha=8, rslora=True, rank_pattern={"experts": 2}, alpha_pattern={"experts.down_proj": 4, "mamba": 20}),
     ),
+    "dora": (
+        "hybrid",
+        Lora(rank=4, alpha=8, dora=True, rank_pattern={"q_proj": 9}, targets=("attention", "in_proj", "mlp", "shared_experts")),
+    ),
+    "dora_rslora_head": ("llama", Lora(rank=4, alpha=8, rslora=True, dora=True, targets=("attention", "mlp", "lm_head"))),
+    "dora_biased": ("llama_biased", Lora(rank=4, alpha=8, dora=True)),
 }
 
 
@@ -71,6 +79,7 @@ THEIRS = {
     "pattern": ("hybrid", dict(target_modules=r".*\.(q|o|down)_proj", use_rslora=True)),
     "all_linear_but": ("llama", dict(target_modules="all-linear", exclude_modules=["layers.1.mlp.up_proj", "k_proj"])),
     "lm_head": ("llama", dict(target_modules=["lm_head", "v_proj"])),
+    "dora": ("llama_biased", dict(target_modules=["q_proj", "up_proj"], use_dora=True, alpha_pattern={"q_proj": 3})),
     "patterns": ("hybrid", dict(
         target_modules=["q_proj", "k_proj", "in_proj", "up_proj"], target_parameters=["experts.up_proj", "experts.down_proj"],
         rank_pattern={r"layers\.\d.*up_proj": 5, "k_proj": 2}, alpha_pattern={"model.layers.2.mixer.q_proj": 20, "experts.down_proj": 3},
@@ -103,8 +112,53 @@ def test_an_adapter_survives_saving_and_loading(case, tmp_path):
     before, after = dict(lora_modules(ours)), dict(lora_modules(again))
     assert before.keys() == after.keys()
     for name, layer in before.items():
-        assert torch.equal(layer.lora_A, after[name].lora_A) and torch.equal(layer.lora_B, after[name].lora_B), name
+        assert all(torch.equal(p, getattr(after[name], which)) for which, p in layer.named_parameters(recurse=False)), name
     assert torch.equal(ours(TOKENS, BORDERS), again.eval()(TOKENS, BORDERS))
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("case", ["dora", "dora_biased"])
+def test_dora_has_the_output_and_the_gradients_of_peft(case, drops, tmp_path):
+    """Module by module on one input; with dropout PEFT's is told which features ours lost."""
+    variant, lora = CASES[case]
+    theirs = make(variant)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = adapted(tmp_path / "hf", lora.model_copy(update={"dropout": 0.3 if drops else 0.0})).train()
+    save_adapter(ours, tmp_path / "adapter", lora, base="hf")
+    peft = PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True).train()
+    modules = {name.removeprefix("base_model.model."): module for name, module in peft.named_modules()}
+    aliases = {ours: alias for alias, ours in ours.aliases.items()}
+    for name, layer in lora_modules(ours):
+        spelled = next((alias + name.removeprefix(prefix) for prefix, alias in aliases.items() if name.startswith(prefix)), name)
+        other = modules[spelled]
+        x = torch.randn(7, layer.in_features, generator=torch.Generator().manual_seed(5))
+        weights = torch.randn(7, layer.out_features, generator=torch.Generator().manual_seed(6))
+        if drops:
+            layer.keys.set(seed=0, step=0, documents_T=torch.zeros(7), positions_T=torch.arange(7))
+            mask = layer._dropped(torch.ones_like(x), None)
+            other.lora_dropout["default"] = Times(mask)
+        one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, expected = layer(one), other(two)
+        (y * weights).sum().backward()
+        (expected * weights).sum().backward()
+        pairs = {
+            "y": (y, expected), "x": (one.grad, two.grad), "A": (layer.lora_A.grad, other.lora_A["default"].weight.grad),
+            "B": (layer.lora_B.grad, other.lora_B["default"].weight.grad),
+            "m": (layer.lora_magnitude_vector.grad, other.lora_magnitude_vector["default"].weight.grad),
+        }  # fmt: skip
+        for which, (got, reference) in pairs.items():
+            assert relative(got, reference) < 1e-5, (name, which)
+
+
+class Times(torch.nn.Module):
+    """In place of a dropout: multiply by this."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x):
+        return x * self.mask
 
 
 def test_out_proj_trains_and_the_save_says_where_it_will_not_load(tmp_path):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.files import staged_directory
-from nemotune.lora.adapter import Adapter, read_adapter
+from nemotune.lora.adapter import Adapter, gains, read_adapter
 from nemotune.lora.layers import scale
 from nemotune.models.config import read_config
 from nemotune.models.loading import build_model, check_weights, copy_side_files, disk_pieces
@@ -75,7 +75,7 @@ def merge(
         if info.name not in plan.updates:
             return weight
         module, expert = plan.updates[info.name]
-        return (weight.float() + plan.adapter.delta(module, expert)).to(weight.dtype)
+        return plan.adapter.updated(weight, module, expert).to(weight.dtype)
 
     with staged_directory(target, overwrite=overwrite, needed_bytes=plan.write.num_bytes) as aside:
         write_checkpoint(aside, plan.write, read, done=done)
@@ -117,9 +117,14 @@ def _is_updated(written: Tensor, name: str, plan: MergePlan) -> bool:
     its = plan.adapter.settings[module]
     exact = base + scale(its) * (B[rows] @ A)
     summed = base.abs() + scale(its) * (B[rows].abs() @ A.abs())
-    kind = torch.finfo(written.dtype)
-    # half a unit in the last place of the dtype, and what fp32 sums of rank terms lose
-    allowed = 0.501 * kind.eps * exact.abs().clamp(min=kind.tiny) + (4 + its.rank) * torch.finfo(torch.float32).eps * summed
+    kind, eps = torch.finfo(written.dtype), torch.finfo(torch.float32).eps
+    lost = (4 + its.rank) * eps * summed  # by fp32 sums of rank terms
+    if module in plan.adapter.magnitudes:
+        gain = gains(plan.adapter.magnitudes[module][rows], exact)
+        loss_of_gain = 2 * eps + lost.norm(dim=1, keepdim=True) / exact.norm(dim=1, keepdim=True).clamp(min=kind.tiny)
+        exact, lost = gain * exact, gain.abs() * (lost + loss_of_gain * exact.abs())
+    # half a unit in the last place of the dtype, and what was lost before it
+    allowed = 0.501 * kind.eps * exact.abs().clamp(min=kind.tiny) + lost
     return bool(((written[rows].double() - exact).abs() <= allowed).all())
 
 

@@ -19,7 +19,7 @@ from nemotune.errors import CheckpointError, MissingFileError
 from nemotune.files import staged_directory
 from nemotune.lora.dropout import DropoutKeys
 from nemotune.lora.layers import LoRAExperts, lora_modules, scale
-from nemotune.lora.peft_form import named_modules, peft_config, peft_keys, read_peft_config, spellings, unplaced_parameters
+from nemotune.lora.peft_form import SUFFIXES, named_modules, peft_config, peft_keys, read_peft_config, spellings, unplaced_parameters
 from nemotune.lora.targets import apply_lora, linear_modules, module_settings
 from nemotune.models.base import CausalLM
 from nemotune.recipe import Lora
@@ -31,16 +31,30 @@ OUT_PROJ_NOTE = "PEFT refuses Mamba's out_proj, which this adapter has: it loads
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as read, by the name of the adapted module: A [..., rank, in] and B [..., out, rank], and what holds for it."""
+    """An adapter as read, by the name of the adapted module: A [..., rank, in] and B [..., out, rank], DoRA's magnitudes, what holds for it."""
 
     lora: Lora
     pairs: dict[str, tuple[Tensor, Tensor]]
+    magnitudes: dict[str, Tensor]
     settings: dict[str, Lora]
 
     def delta(self, module: str, expert: int | None = None) -> Tensor:
-        """The update of a module's weight (of one expert's), fp32."""
+        """What is added to a module's weight (to one expert's), fp32."""
         A, B = self.pairs[module] if expert is None else (t[expert] for t in self.pairs[module])
         return B.float() @ A.float() * scale(self.settings[module])
+
+    def updated(self, weight: Tensor, module: str, expert: int | None = None) -> Tensor:
+        """The weight as the adapter makes it, fp32; the lengths of DoRA's rows are summed in fp64."""
+        updated = weight.float() + self.delta(module, expert)
+        if module not in self.magnitudes:
+            return updated
+        return updated * gains(self.magnitudes[module], updated).float()
+
+
+def gains(magnitude: Tensor, updated: Tensor) -> Tensor:
+    """What DoRA multiplies the rows of the updated weight by, fp64 [out, 1]; a row of zeros stays one."""
+    norms = torch.linalg.vector_norm(updated, dim=1, dtype=torch.float64).clamp(min=torch.finfo(torch.float32).tiny)
+    return (magnitude.double() / norms).unsqueeze(1)
 
 
 def save_adapter(model: CausalLM, directory: Path, lora: Lora, *, base: str, overwrite: bool = False) -> list[str]:
@@ -50,11 +64,11 @@ def save_adapter(model: CausalLM, directory: Path, lora: Lora, *, base: str, ove
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         key = peft_keys(name, named, model)[0]
-        A, B = layer.lora_A.detach().cpu(), layer.lora_B.detach().cpu()
+        held = {which: p.detach().cpu() for which, p in layer.named_parameters(recurse=False)}
         if isinstance(layer, LoRAExperts):
-            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = A, B
-    assert len(tensors) == 2 * len(layers), "two modules of one name"
+            held = {"lora_A": held["lora_A"].flatten(0, 1), "lora_B": held["lora_B"].permute(1, 2, 0).flatten(1)}
+        tensors |= {key + SUFFIXES[which]: tensor for which, tensor in held.items()}
+    assert len(tensors) == (3 if lora.dora else 2) * len(layers), "two modules of one name"
     plan = WritePlan(tuple(TensorInfo(key, WEIGHTS, "F32", tuple(tensor.shape)) for key, tensor in tensors.items()))
     with staged_directory(directory, overwrite=overwrite, needed_bytes=plan.num_bytes) as aside:
         write_checkpoint(aside, plan, lambda info: tensors[info.name])
@@ -67,7 +81,8 @@ def load_adapter(model: CausalLM, directory: Path) -> DropoutKeys:
     adapter = read_adapter(directory, model)
     keys = apply_lora(model, adapter.lora)
     for name, layer in lora_modules(model):
-        for parameter, value in zip((layer.lora_A, layer.lora_B), adapter.pairs[name], strict=True):
+        magnitude = [adapter.magnitudes[name]] if name in adapter.magnitudes else []
+        for parameter, value in zip(layer.parameters(recurse=False), [*adapter.pairs[name], *magnitude], strict=True):
             with torch.no_grad():
                 parameter.copy_(value)
     return keys
@@ -84,23 +99,28 @@ def read_adapter(directory: Path, model: CausalLM) -> Adapter:
             raise MissingFileError(f"{directory / file}: no such file; expected an adapter directory as PEFT writes it")
     config, tensors = read_peft_config(directory / CONFIG), _read_tensors(directory / WEIGHTS)
     named = named_modules(config, model)
-    pairs, problems = {}, [f"target_parameters: '{name}' are no experts" for name in unplaced_parameters(config, model)]
+    pairs, magnitudes, problems = {}, {}, [f"target_parameters: '{name}' are no experts" for name in unplaced_parameters(config, model)]
     for name in named:
-        A, B = (_take(tensors, peft_keys(name, named, model), which) for which in ("lora_A", "lora_B"))
-        rank = config.rank_of(spellings(name, model))
-        if A is None or B is None:
-            problems.append(f"{name}: {CONFIG} names it, {WEIGHTS} has no {'lora_A' if A is None else 'lora_B'} of it")
-        elif (got := (tuple(A.shape), tuple(B.shape))) != (expected := _flat_shapes(model.get_submodule(name), rank)):
-            problems.append(f"{name}: got A and B of {got}, expected {expected}")
+        module, keys = model.get_submodule(name), peft_keys(name, named, model)
+        expected = _flat_shapes(module, config.rank_of(spellings(name, model)), dora=config.use_dora)
+        found = {which: _take(tensors, [key + SUFFIXES[which] for key in keys]) for which in expected}
+        got = {which: tuple(tensor.shape) for which, tensor in found.items() if tensor is not None}
+        if missing := expected.keys() - got.keys():
+            problems.append(f"{name}: {CONFIG} names it, {WEIGHTS} has no {min(missing)} of it")
+        elif got != expected:
+            parts = "A, B and magnitude" if config.use_dora else "A and B"
+            problems.append(f"{name}: got {parts} of {tuple(got.values())}, expected {tuple(expected.values())}")
         else:
-            pairs[name] = _unflattened(A, B, model.get_submodule(name))
+            pairs[name] = _unflattened(found["lora_A"], found["lora_B"], module)
+            if config.use_dora:
+                magnitudes[name] = found["lora_magnitude_vector"]
     problems += [f"{key}: no module that {CONFIG} names has this tensor" for key in tensors]
     if problems or not pairs:
         listed = "\n  ".join(problems[:8] or [f"{CONFIG} names no module of it"])
         more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{directory}: does not fit {model.family}:\n  {listed}{more}\nCheck that adapter and base belong together")
     lora = config.lora({name: spellings(name, model) for name in named})
-    return Adapter(lora, pairs, module_settings(named, lora))
+    return Adapter(lora, pairs, magnitudes, module_settings(named, lora))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -110,14 +130,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy the adapter again") from error
 
 
-def _take(tensors: dict[str, Tensor], stems: list[str], which: str) -> Tensor | None:
-    return next((tensors.pop(key) for stem in stems if (key := f"{stem}.{which}.weight") in tensors), None)
+def _take(tensors: dict[str, Tensor], keys: list[str]) -> Tensor | None:
+    return next((tensors.pop(key) for key in keys if key in tensors), None)
 
 
-def _flat_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of a module's A and B on disk."""
+def _flat_shapes(module: nn.Module, rank: int, *, dora: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's tensors on disk."""
     rows = rank * getattr(module, "num_experts", 1)
-    return (rows, module.in_features), (module.out_features, rows)
+    shapes: dict[str, tuple[int, ...]] = {"lora_A": (rows, module.in_features), "lora_B": (module.out_features, rows)}
+    return {**shapes, "lora_magnitude_vector": (module.out_features,)} if dora else shapes
 
 
 def _unflattened(A: Tensor, B: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:

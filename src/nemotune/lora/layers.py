@@ -1,6 +1,6 @@
 """A frozen layer with a low-rank update beside it: `y = W x + scale B A dropout(x)`. A and B are fp32 and compute in the dtype of x.
 
-`wrap` gives a layer its LoRA form; merging is `export/merge.py`, on files.
+DoRA gives each row of the updated weight a length of its own, which is learned. `wrap` gives a layer its LoRA form; merging is `export/merge.py`, on files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from nemotune.lora.dropout import GOLDEN, DropoutKeys, dropout, mix
 from nemotune.models.layers import GroupedLinear, Linear
+from nemotune.models.quantize import NF4Linear
 from nemotune.ops.experts import Dispatch, grouped_linear
+from nemotune.ops.nf4 import dequantize
 from nemotune.recipe import Lora
 
 
@@ -62,9 +64,51 @@ class LoRALinear(LoRALayer):
     """LoRA on a linear layer. The head sees some tokens only: it is told which (`rows_N`), and T is their number."""
 
     def forward(self, x_TI: Tensor, rows_N: Tensor | None = None) -> Tensor:
-        dropped_TI = self._drop(x_TI, self.keys.of_rows(rows_N)) if self.drops else x_TI
-        low_TR = F.linear(dropped_TI, self.lora_A.to(x_TI.dtype))
-        return torch.addmm(self.base(x_TI), low_TR, self.lora_B.to(x_TI.dtype).T, alpha=self.scale)
+        return self._plus_low_rank(self.base(x_TI), self._dropped(x_TI, rows_N))
+
+    def _dropped(self, x_TI: Tensor, rows_N: Tensor | None) -> Tensor:
+        return self._drop(x_TI, self.keys.of_rows(rows_N)) if self.drops else x_TI
+
+    def _plus_low_rank(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
+        low_TR = F.linear(x_TI, self.lora_A.to(x_TI.dtype))
+        return torch.addmm(y_TO, low_TR, self.lora_B.to(x_TI.dtype).T, alpha=self.scale)
+
+
+class DoRALinear(LoRALinear):
+    """DoRA (arXiv 2402.09353): `V = W + scale B A`, its rows scaled to the lengths `lora_magnitude_vector` [out], which begin as W's.
+
+    `y = m / |V| (V x)`, where |V| counts as a constant in the backward (section 4.3). Dropout as in PEFT: with d the dropped x,
+    `y = W x - W d + m / |V| (V d)`.
+    """
+
+    def __init__(self, base: Linear, lora: Lora, *, name: str, keys: DropoutKeys, seed: int):
+        super().__init__(base, lora, name=name, keys=keys, seed=seed)
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features, device=self.lora_A.device))
+        if not self.lora_A.is_meta:
+            with torch.no_grad():
+                self.lora_magnitude_vector.copy_(self._norms_O())
+
+    def forward(self, x_TI: Tensor, rows_N: Tensor | None = None) -> Tensor:
+        dropped_TI, bias = self._dropped(x_TI, rows_N), self.base.bias
+        plain_TO = self._without_bias(dropped_TI)
+        gain_O = self.lora_magnitude_vector / self._norms_O()  # fp32: in bf16 gains near 1 would be 1
+        y_TO = gain_O * self._plus_low_rank(plain_TO, dropped_TI)
+        if self.drops:
+            y_TO = y_TO + (self._without_bias(x_TI) - plain_TO)
+        return (y_TO if bias is None else y_TO + bias).to(x_TI.dtype)
+
+    def _without_bias(self, x_TI: Tensor) -> Tensor:
+        y_TO = self.base(x_TI)
+        return y_TO if self.base.bias is None else y_TO - self.base.bias.to(y_TO.dtype)
+
+    @torch.no_grad()
+    def _norms_O(self) -> Tensor:
+        """|V| row by row, fp32; over zero, where a row of zeros stays one."""
+        base = self.base
+        weight_OI = dequantize(base.quantized, base.shape, torch.float32) if isinstance(base, NF4Linear) else base.weight.float()
+        # baddbmm, since selective checkpointing keeps what addmm returns: here a whole weight in fp32
+        updated_OI = torch.baddbmm(weight_OI[None], self.lora_B[None], self.lora_A[None], alpha=self.scale)[0]
+        return torch.linalg.vector_norm(updated_OI, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class LoRAExperts(LoRALayer):
@@ -88,7 +132,7 @@ def scale(lora: Lora) -> float:
 
 def wrap(base: nn.Module, lora: Lora, *, name: str, keys: DropoutKeys, seed: int) -> LoRALayer:
     """The LoRA form of `base`."""
-    form = LoRAExperts if isinstance(base, GroupedLinear) else LoRALinear
+    form = LoRAExperts if isinstance(base, GroupedLinear) else DoRALinear if lora.dora else LoRALinear
     return form(base, lora, name=name, keys=keys, seed=seed).train(base.training)
 
 

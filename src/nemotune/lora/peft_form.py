@@ -24,6 +24,7 @@ from nemotune.recipe import Lora
 
 Number = TypeVar("Number", int, float)
 PREFIX = "base_model.model."
+SUFFIXES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_magnitude_vector": ".lora_magnitude_vector"}
 UNUSED = (None, False, "none", [], {})  # how PEFT writes a setting that is not used
 WITHOUT_EFFECT = {  # on what a trained adapter computes
     "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
@@ -42,6 +43,7 @@ class PeftConfig(BaseModel):
     lora_alpha: PositiveFloat
     lora_dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: Any = True
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
@@ -80,14 +82,14 @@ class PeftConfig(BaseModel):
     def lora(self, targets: Mapping[str, list[str]]) -> Lora:
         """The same as a recipe's section, whose targets and patterns are full names; `targets` has what else each goes by."""
         return Lora(
-            rank=self.r, alpha=self.lora_alpha, dropout=self.lora_dropout, rslora=self.use_rslora, targets=tuple(targets),
+            rank=self.r, alpha=self.lora_alpha, dropout=self.lora_dropout, rslora=self.use_rslora, dora=self.use_dora, targets=tuple(targets),
             rank_pattern={name: rank for name, spelled in targets.items() if (rank := self.rank_of(spelled)) != self.r},
             alpha_pattern={name: alpha for name, spelled in targets.items() if (alpha := self.alpha_of(spelled)) != self.lora_alpha},
         )  # fmt: skip
 
 
 def read_peft_config(path: Path) -> PeftConfig:
-    """The config at `path`. Raises CheckpointError where it cannot be read or asks for more than plain LoRA, naming every such key."""
+    """The config at `path`. Raises CheckpointError where it cannot be read or asks for more than LoRA and DoRA, naming every such key."""
     try:
         config = PeftConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
@@ -101,7 +103,7 @@ def read_peft_config(path: Path) -> PeftConfig:
     if refused:
         told = ", ".join(f"{key}: {json.dumps(value)}" for key, value in refused.items())
         raise CheckpointError(
-            f"{path}: only plain LoRA is computed here, got {told}; merge this adapter with PEFT and use the merged model"
+            f"{path}: only LoRA and DoRA are computed here, got {told}; merge this adapter with PEFT and use the merged model"
         )
     return config
 
@@ -118,7 +120,7 @@ def unplaced_parameters(config: PeftConfig, model: CausalLM) -> list[str]:
 
 
 def peft_keys(name: str, named: Mapping[str, str], model: CausalLM) -> list[str]:
-    """What the keys of a module's two tensors may begin with, PEFT's own spelling first; `named` has the block type of all adapted ones."""
+    """What the keys of a module's tensors may begin with, PEFT's own spelling first; `named` has the block type of all adapted ones."""
     keys = [PREFIX + spelled for spelled in spellings(name, model)]
     if named[name] != "experts":
         return keys
@@ -135,7 +137,7 @@ def peft_config(named: Mapping[str, str], lora: Lora, model: CausalLM, *, base: 
     settings = module_settings(named, lora)
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
-        "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "use_dora": False, "fan_in_fan_out": False,
+        "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "use_dora": lora.dora, "fan_in_fan_out": False,
         "lora_dropout": 0.0 if experts else lora.dropout, "target_modules": linear, "target_parameters": experts or None,
         "rank_pattern": {theirs[name]: its.rank for name, its in settings.items() if its.rank != lora.rank},
         "alpha_pattern": {theirs[name]: its.alpha for name, its in settings.items() if its.alpha != lora.alpha},

@@ -86,12 +86,15 @@ def matched_modules(model: CausalLM, targets: str | tuple[str, ...]) -> list[str
 def module_settings(adapted: Mapping[str, str], lora: Lora) -> dict[str, Lora]:
     """What holds for each of the adapted modules (name -> block type): `lora` with the rank and the alpha that its patterns give it.
 
-    Raises RecipeError naming every key that decides for none of them.
+    Raises RecipeError naming every key that decides for none of them, UnsupportedError for DoRA on experts.
     """
     (ranks, wrong_ranks), (alphas, wrong_alphas) = _decided(lora.rank_pattern, adapted), _decided(lora.alpha_pattern, adapted)
     problems = [f"lora.rank_pattern: {wrong}" for wrong in wrong_ranks] + [f"lora.alpha_pattern: {wrong}" for wrong in wrong_alphas]
     if problems:
         raise RecipeError("\n".join(problems))
+    if lora.dora and "experts" in adapted.values():
+        others = ", ".join(dict.fromkeys(kind for kind in adapted.values() if kind != "experts")) or "attention"
+        raise UnsupportedError(f"lora.dora: DoRA is for linear layers, not for experts; use lora.targets=[{others}], or lora.dora=false")
     plain = lora.model_copy(update={"rank_pattern": {}, "alpha_pattern": {}})
     return {name: plain.model_copy(update={"rank": ranks.get(name, lora.rank), "alpha": alphas.get(name, lora.alpha)}) for name in adapted}
 
@@ -138,7 +141,7 @@ def coverage(model: CausalLM) -> Coverage:
     for block_type in dict.fromkeys(kinds.values()):
         names = [name for name, kind in kinds.items() if kind == block_type]
         adapted = [module for module in map(model.get_submodule, names) if isinstance(module, LoRALayer)]
-        parameters = sum(p.numel() for layer in adapted for p in (layer.lora_A, layer.lora_B))
+        parameters = sum(p.numel() for layer in adapted for p in layer.parameters(recurse=False))
         layers = len({match[1] for name in names if (match := re.search(r"\.layers\.(\d+)\.", name))})
         rows.append(CoverageRow(block_type, layers, len(names), len(adapted), parameters, parameters * torch.float32.itemsize))
     wide = sum(p.numel() for name, p in model.named_parameters() if not _is_adapter(name))
@@ -146,7 +149,7 @@ def coverage(model: CausalLM) -> Coverage:
 
 
 def _is_adapter(name: str) -> bool:
-    return name.endswith((".lora_A", ".lora_B"))
+    return name.endswith((".lora_A", ".lora_B", ".lora_magnitude_vector"))
 
 
 def _block_type(name: str, patterns: Mapping[str, str]) -> str:

@@ -47,7 +47,6 @@ LIMITS = (
     Limit(
         "data.format", "megatron (.bin/.idx blends)", "data.format=text with the documents as JSON lines", _DATA, lambda v: v == "megatron"
     ),
-    Limit("lora.dora", "DoRA", "lora.dora=false", _TRAIN, bool),
     Limit("train.compile", "torch.compile", "train.compile=false", _TRAIN, bool),
     Limit(
         "parallel", "more than one process", "parallel={}, one process, with train.global_batch_size kept", _TRAIN, _more_than_one_process

@@ -18,7 +18,7 @@ SPIKE_FACTOR, SPIKE_MARGIN, SPIKE_WINDOW, SPIKES_TO_STOP = 2.0, 1.0, 32, 5
 
 
 class Liveness:
-    """Sees that every adapter tensor has a gradient: lora_B from the first backward, lora_A from the first with a non-zero B.
+    """Sees that every adapter tensor has a gradient: lora_B (and DoRA's magnitudes) from the first backward, lora_A from the first with a non-zero B.
 
     Of experts, each one that received gradient must pass it on, which is judged over EXPERT_STEPS steps, or those of a shorter run;
     those that received none are listed.
@@ -71,9 +71,9 @@ class Liveness:
         return {name: int((~seen).sum()) for (name, which), seen in self.received.items() if which == "lora_B" and not seen.all()}
 
     def _dead(self, name: str, layer: LoRALinear) -> list[str]:
-        checked = {"lora_B": layer.lora_B}
-        if layer.lora_B.any():
-            checked["lora_A"] = layer.lora_A
+        checked = dict(layer.named_parameters(recurse=False))
+        if not layer.lora_B.any():
+            del checked["lora_A"]
         return [f"{name}.{which}" for which, parameter in checked.items() if parameter.grad is None or not parameter.grad.any()]
 
     def _watch(self, name: str) -> Callable[[LoRAExperts, tuple, Tensor], None]:

@@ -16,7 +16,7 @@ from nemotune.lora.layers import scale
 from nemotune.models import build_model, load_model, read_config
 from nemotune.recipe import Lora
 
-TARGETS = ("attention", "mlp", "experts")
+PLAIN, DORA = Lora(rank=2, alpha=6, targets=("attention", "mlp", "experts")), Lora(rank=2, targets=("attention", "mlp"), dora=True)
 ATTENTION = [f"model.layers.2.mixer.{p}_proj" for p in "qkvo"]
 
 
@@ -34,8 +34,8 @@ def adapter(base, tmp_path):
     return tmp_path / "adapter"
 
 
-def save(base, directory, *, dtype="float32"):
-    model, lora = load_model(base, dtype=dtype), Lora(rank=2, alpha=6, targets=TARGETS)
+def save(base, directory, *, dtype="float32", lora=PLAIN):
+    model = load_model(base, dtype=dtype)
     apply_lora(model, lora)
     with torch.no_grad():
         for _, layer in lora_modules(model):
@@ -166,7 +166,7 @@ def test_an_adapter_of_nothing_is_refused(adapter, base):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("use_dora", True), ("fan_in_fan_out", True), ("bias", "lora_only"),
+        ("fan_in_fan_out", True), ("bias", "lora_only"),
         ("modules_to_save", ["lm_head"]), ("layers_to_transform", [2]), ("layers_pattern", "layers"), ("lora_bias", True), ("use_qalora", True),
         ("layer_replication", [[0, 2]]), ("trainable_token_indices", [5]), ("alora_invocation_tokens", [1]), ("init_lora_weights", "pissa"),
         ("a_setting_of_tomorrow", "on"),
@@ -179,8 +179,8 @@ def test_what_would_be_computed_wrong_is_refused_by_its_key(adapter, base, key, 
 
 
 def test_every_refused_key_is_told_at_once(adapter, base):
-    set_config(adapter, use_dora=True, bias="all")
-    with pytest.raises(CheckpointError, match='bias: "all".*use_dora: true|use_dora: true.*bias: "all"'):
+    set_config(adapter, lora_bias=True, bias="all")
+    with pytest.raises(CheckpointError, match='bias: "all".*lora_bias: true|lora_bias: true.*bias: "all"'):
         read(adapter, base)
 
 
@@ -200,3 +200,25 @@ def test_an_adapter_of_a_bf16_base_is_fp32_on_disk_and_comes_back_to_the_bit(bas
     assert before.keys() == after.keys()
     for name, layer in before.items():
         assert torch.equal(layer.lora_A, after[name].lora_A) and torch.equal(layer.lora_B, after[name].lora_B), name
+
+
+def test_dora_comes_back_to_the_bit_and_lacking_or_wrong_magnitudes_are_named(base, tmp_path):
+    model = save(base, tmp_path / "adapter", lora=DORA)
+    with torch.no_grad():
+        for _, layer in lora_modules(model):
+            layer.lora_magnitude_vector.mul_(1.5)
+    save_adapter(model, tmp_path / "adapter", DORA, base="hf", overwrite=True)
+    again = load_model(base, dtype="float32")
+    load_adapter(again, tmp_path / "adapter")
+    for (_, one), (_, other) in zip(lora_modules(model), lora_modules(again), strict=True):
+        assert all(torch.equal(*both) for both in zip(one.parameters(recurse=False), other.parameters(recurse=False), strict=True))
+    key = "base_model.model.model.layers.3.mixer.up_proj.lora_magnitude_vector"
+    edit(tmp_path / "adapter", lambda tensors: {**tensors, key: tensors[key][1:]})
+    with pytest.raises(CheckpointError, match=r"up_proj: got A, B and magnitude of .*\(47,\)\), expected .*\(48,\)\)"):
+        read(tmp_path / "adapter", base)
+    edit(tmp_path / "adapter", lambda tensors: {name: tensor for name, tensor in tensors.items() if name != key})
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mixer\.up_proj: .* has no lora_magnitude_vector of it"):
+        read(tmp_path / "adapter", base)
+    set_config(tmp_path / "adapter", use_dora=False)
+    with pytest.raises(CheckpointError, match=r"lora_magnitude_vector: no module that adapter_config.json names has this tensor"):
+        read(tmp_path / "adapter", base)

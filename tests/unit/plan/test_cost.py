@@ -57,6 +57,17 @@ def test_weights_cost_what_a_loaded_model_holds(tmp_path, variant, quantization)
     assert cost.weight_bytes == held_bytes(model) and cost.coverage.base_parameters == base_parameters
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_magnitudes_of_dora_are_counted(hybrid, quantization):
+    model = {"path": str(hybrid), "dtype": "bfloat16", "quantization": quantization}
+    asked = recipe(hybrid, model=model, lora={"rank": 4, "dora": True, "targets": ["attention", "mlp"]})
+    cost, held = estimate(asked), load_model(hybrid, dtype="bfloat16", quantization=quantization)
+    apply_lora(held, asked.lora)
+    outputs = 2 * 32 + 2 * 16 + 48 + 32
+    plain = recipe(hybrid, lora={"rank": 4, "targets": ["attention", "mlp"]})
+    assert cost.trained_parameters == estimate(plain).trained_parameters + outputs and cost.weight_bytes == held_bytes(held)
+
+
 @pytest.mark.skipif(not DATA, reason="NEMOTUNE_TEST_DATA is not set")
 def test_nano_30b_at_four_bits_leaves_room_on_24_gb(tmp_path):
     source = Path(DATA) / "data/nemotron/configs/NVIDIA-Nemotron-3-Nano-30B-A3B.config.VERBATIM.json"

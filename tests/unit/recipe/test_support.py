@@ -19,7 +19,6 @@ SOURCE = Path(nemotune.recipe.__file__).parent.parent
 
 ASKED = {
     "data.format": ["data.format=megatron", "method=pretrain", "export.merged=false"],
-    "lora.dora": ["lora.dora=true"],
     "train.compile": ["train.compile=true"],
     "parallel": ["parallel.nproc=2"],
     "engine.name": ["engine.name=trl"],
@@ -56,9 +55,9 @@ def test_all_limits_are_named_at_once() -> None:
 
 
 def test_verbs_refuse_only_what_they_need() -> None:
-    recipe = load("glaive-nano-4b", ["export.gguf=[f16]", "lora.dora=true"])
-    assert [limit.key for limit in refused(recipe, verb="run")] == ["lora.dora", "export.gguf"]
-    assert [limit.key for limit in refused(recipe, verb="train")] == ["lora.dora"]
+    recipe = load("glaive-nano-4b", ["export.gguf=[f16]", "train.compile=true"])
+    assert [limit.key for limit in refused(recipe, verb="run")] == ["train.compile", "export.gguf"]
+    assert [limit.key for limit in refused(recipe, verb="train")] == ["train.compile"]
     assert refused(recipe, verb="data") == refused(recipe, verb="report") == []
 
 

@@ -93,6 +93,15 @@ def test_a_dead_lora_a_stops_the_run_once_b_has_moved(adapted, kind):
         watched(adapted, liveness, steps=EXPERT_STEPS - 1)
 
 
+def test_a_dead_magnitude_stops_the_run(hybrid_dir):
+    model = load_model(hybrid_dir, dtype="float32").train()
+    keys = apply_lora(model, Lora(rank=4, targets=("attention", "mamba"), dora=True))
+    watched((model, keys), Liveness(model), steps=1)
+    model.backbone.layers[2].mixer.q_proj.lora_magnitude_vector.register_hook(torch.zeros_like)
+    with pytest.raises(TrainingError, match=r"1 adapter tensors .*layers\.2\.mixer\.q_proj\.lora_magnitude_vector"):
+        watched((model, keys), Liveness(model), steps=1)
+
+
 def test_an_expert_that_receives_gradient_and_passes_none_on_stops_the_run(adapted):
     name, victim = first_experts(adapted[0])
     victim.lora_B.register_hook(lambda gradient: gradient * torch.arange(6.0).clamp(max=1)[:, None, None])  # expert 0 is dead
