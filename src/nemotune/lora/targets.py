@@ -93,8 +93,12 @@ def module_settings(adapted: Mapping[str, str], lora: Lora) -> dict[str, Lora]:
     if problems:
         raise RecipeError("\n".join(problems))
     if lora.dora and "experts" in adapted.values():
-        others = ", ".join(dict.fromkeys(kind for kind in adapted.values() if kind != "experts")) or "attention"
-        raise UnsupportedError(f"lora.dora: DoRA is for linear layers, not for experts; use lora.targets=[{others}], or lora.dora=false")
+        linear = {name: kind for name, kind in adapted.items() if kind != "experts"}
+        # by name where the block type says more (out_proj), or is no target
+        others = dict.fromkeys(name.rpartition(".")[2] if kind in ("mamba", "head") else kind for name, kind in linear.items())
+        raise UnsupportedError(
+            f"lora.dora: DoRA is for linear layers, not for experts; use lora.targets=[{', '.join(others) or 'attention'}], or lora.dora=false"
+        )
     plain = lora.model_copy(update={"rank_pattern": {}, "alpha_pattern": {}})
     return {name: plain.model_copy(update={"rank": ranks.get(name, lora.rank), "alpha": alphas.get(name, lora.alpha)}) for name in adapted}
 

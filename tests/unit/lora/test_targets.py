@@ -122,7 +122,10 @@ def test_dora_on_experts_is_refused_in_one_sentence_with_what_to_use(tmp_path):
         UnsupportedError, match=r"^lora\.dora: DoRA is for linear layers, not for experts; use lora\.targets=\[(.*)\], or"
     ) as error:
         apply_lora(load_model(tmp_path / "hf"), Lora(rank=2, dora=True))
-    apply_lora(load_model(tmp_path / "hf"), Lora(rank=2, dora=True, targets=tuple(re.search(r"\[(.*)\]", str(error.value))[1].split(", "))))
+    told = tuple(re.search(r"\[(.*)\]", str(error.value))[1].split(", "))
+    default = names(tmp_path, "hybrid", "default")
+    assert names(tmp_path, "hybrid", told) == {name for name in default if ".experts." not in name}, "not Mamba's out_proj"
+    apply_lora(load_model(tmp_path / "hf"), Lora(rank=2, dora=True, targets=told))
 
 
 def test_coverage_counts_magnitudes(tmp_path):
