@@ -41,8 +41,15 @@ def options_at(keys: Sequence[str]) -> list[Node]:
     """The schemas that a value at this key may follow (several where it is a union), or none where the recipe has no such key."""
     options = [json_schema()]
     for key in keys:
-        options = [found for option in options for found in _resolve(option.get("properties", {}).get(key))]
+        options = [found for option in options for found in _resolve(_property(option, key))]
     return options
+
+
+def _property(option: Node, key: int | str) -> Node | None:
+    """The schema of a mapping's value at `key`; a mapping whose keys are free has the same for each."""
+    others = option.get("additionalProperties")
+    found: Node | None = option.get("properties", {}).get(key, others if isinstance(others, dict) else None)
+    return found
 
 
 def _resolve(node: Node | None) -> Iterator[Node]:
@@ -62,7 +69,7 @@ def _locate(location: tuple[int | str, ...]) -> tuple[list[str], list[Node]]:
     keys: list[str] = []
     options = [json_schema()]
     for position, part in enumerate(location):
-        inside = [option["properties"][part] for option in options if part in option.get("properties", {})]
+        inside = [node for option in options if (node := _property(option, part))]
         if isinstance(part, int):
             keys.append(f"[{part}]")
             inside = [
@@ -129,6 +136,8 @@ def _worded(node: Node) -> str:
             if "prefixItems" in node
             else f"a list [...] of {_expected(list(_resolve(node['items'])))}"
         )
+    if node["type"] == "object" and "properties" not in node:
+        return f"a mapping of names to {_expected(list(_resolve(node['additionalProperties'])))}"
     if node["type"] == "object":
         return f"a mapping with {', '.join(node['properties'])}"
     if "pattern" in node:
