@@ -97,7 +97,9 @@ class Checkpoints:
             return None
         path = self.directory / pointer.read_text(encoding="utf-8").strip()
         if not (path / "trainer.json").is_file():
-            raise CheckpointError(f"{pointer}: names {path.name}, which is no checkpoint; delete it to keep the last weights instead of the best")
+            raise CheckpointError(
+                f"{pointer}: names {path.name}, which is no checkpoint; delete it to keep the last weights instead of the best"
+            )
         return path
 
     def load(self, path: Path, model: CausalLM, optimizer: Optimizer) -> Progress:
