@@ -45,8 +45,9 @@ def save(name: str, figures: Mapping[str, Any], *, packages: Sequence[str]) -> P
     """Write results/NAME.json with the command, the date, the machine and the packages' versions. `table` among them is what docs/performance.md shows."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    words = ("DIR" if Path(word).is_absolute() else word for word in sys.argv[1:])  # no path of this machine
     about = {
-        "command": f"python -m benchmarks.{' '.join((name, *sys.argv[1:]))}", "date": date.today().isoformat(),
+        "command": f"python -m benchmarks.{' '.join((name, *words))}", "date": date.today().isoformat(),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}", "versions": {package: metadata.version(package) for package in packages},
     }  # fmt: skip
     path.write_text(json.dumps(about | dict(figures), indent=2) + "\n", encoding="utf-8")

@@ -274,3 +274,12 @@ def test_every_promise_names_tests_that_exist():
     assert len(rows) > 15
     missing = [name for *_, named in rows for name in re.findall(r"`(test_\w+)`", named) if f"def {name}(" not in sources]
     assert missing == [] and all("`test_" in named for *_, named in rows)
+
+
+def test_tables_of_performance_are_those_that_were_measured():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert results
+    for path in results:
+        measured = json.loads(path.read_text())
+        assert measured["table"] in page and measured["command"] in page and measured["date"] in page, path.name
