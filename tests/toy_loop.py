@@ -36,6 +36,16 @@ def train_toy(directory: Path, run_dir: Path, *settings: str, resume=False, doct
     return model, result
 
 
+class Clock:
+    """Seconds that a test lets pass."""
+
+    def __init__(self, now: float = 0.0):
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def interrupted_at(step: int):
     """Doctor a model so that optimiser step `step`, 1 being the first, is interrupted."""
     micro_batches = itertools.count()

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from random_models import make
 from safetensors.torch import load_file, save_file
 
 from nemotune.errors import CheckpointError
@@ -20,22 +19,15 @@ PLAIN, DORA = Lora(rank=2, alpha=6, targets=("attention", "mlp", "experts")), Lo
 ATTENTION = [f"model.layers.2.mixer.{p}_proj" for p in "qkvo"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base") / "hf"
-    make("hybrid").save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def adapter(base, tmp_path):
+def adapter(hybrid_dir, tmp_path):
     """An adapter of rank 2 on attention, MLP and experts."""
-    save(base, tmp_path / "adapter")
+    save(hybrid_dir, tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
-def save(base, directory, *, dtype="float32", lora=PLAIN):
-    model = load_model(base, dtype=dtype)
+def save(hybrid_dir, directory, *, dtype="float32", lora=PLAIN):
+    model = load_model(hybrid_dir, dtype=dtype)
     apply_lora(model, lora)
     with torch.no_grad():
         for _, layer in lora_modules(model):
@@ -44,8 +36,8 @@ def save(base, directory, *, dtype="float32", lora=PLAIN):
     return model
 
 
-def read(adapter, base):
-    return read_adapter(adapter, build_model(read_config(base)))
+def read(adapter, hybrid_dir):
+    return read_adapter(adapter, build_model(read_config(hybrid_dir)))
 
 
 def set_config(adapter, **changes):
@@ -63,8 +55,8 @@ def keep(adapter, *parts):
     edit(adapter, lambda tensors: {name: tensor for name, tensor in tensors.items() if any(part in name for part in parts)})
 
 
-def test_what_is_read_is_what_was_saved(adapter, base):
-    got = read(adapter, base)
+def test_what_is_read_is_what_was_saved(adapter, hybrid_dir):
+    got = read(adapter, hybrid_dir)
     assert got.lora == Lora(rank=2, alpha=6, targets=tuple(got.pairs)) and scale(got.lora) == 3.0
     assert len(got.pairs) == 4 + 2 + 2 * 2
 
@@ -73,10 +65,10 @@ def test_what_is_read_is_what_was_saved(adapter, base):
     "targets",
     [ATTENTION, [name.replace("model.", "backbone.") for name in ATTENTION], ["q_proj", "k_proj", "v_proj", "o_proj"], r".*\.[qkvo]_proj"],
 )
-def test_modules_are_named_as_peft_names_them(adapter, base, targets):
+def test_modules_are_named_as_peft_names_them(adapter, hybrid_dir, targets):
     keep(adapter, ".mixer.q_proj.", ".mixer.k_proj.", ".mixer.v_proj.", ".mixer.o_proj.")
     set_config(adapter, target_modules=targets, target_parameters=None)
-    assert [name.rpartition(".")[2] for name in read(adapter, base).pairs] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert [name.rpartition(".")[2] for name in read(adapter, hybrid_dir).pairs] == ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 @pytest.mark.parametrize(
@@ -90,48 +82,48 @@ def test_modules_are_named_as_peft_names_them(adapter, base, targets):
         ({"target_modules": ["k_proj"], "target_parameters": ["experts.down_proj"]}, ["backbone.layers.5.mixer.experts.down_proj"]),
     ],
 )
-def test_modules_without_tensors_are_listed(adapter, base, changes, missing):
+def test_modules_without_tensors_are_listed(adapter, hybrid_dir, changes, missing):
     keep(adapter, ".mixer.k_proj.")
     set_config(adapter, **changes)
     with pytest.raises(CheckpointError) as error:
-        read(adapter, base)
+        read(adapter, hybrid_dir)
     for name in missing:
         assert f"{name}: adapter_config.json names it, adapter_model.safetensors has no lora_A of it" in str(error.value)
     assert "k_proj" not in str(error.value)
 
 
-def test_excluded_modules_need_no_tensors(adapter, base):
+def test_excluded_modules_need_no_tensors(adapter, hybrid_dir):
     keep(adapter, ".mixer.k_proj.")
     set_config(adapter, target_modules=["q_proj", "k_proj"], exclude_modules=r"model\..*\.q_proj", target_parameters=None)
-    assert list(read(adapter, base).pairs) == ["backbone.layers.2.mixer.k_proj"]
+    assert list(read(adapter, hybrid_dir).pairs) == ["backbone.layers.2.mixer.k_proj"]
 
 
-def test_tensors_that_the_config_does_not_name_are_listed(adapter, base):
+def test_tensors_that_the_config_does_not_name_are_listed(adapter, hybrid_dir):
     set_config(adapter, target_modules=[name for name in ATTENTION if "q_proj" not in name])
     with pytest.raises(CheckpointError) as error:
-        read(adapter, base)
+        read(adapter, hybrid_dir)
     assert str(error.value).count("no module that adapter_config.json names has this tensor") == 2 * (1 + 2)
     assert "base_model.model.model.layers.2.mixer.q_proj.lora_B.weight" in str(error.value)
 
 
-def test_half_a_pair_is_named(adapter, base):
+def test_half_a_pair_is_named(adapter, hybrid_dir):
     edit(adapter, lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith("q_proj.lora_B.weight")})
     with pytest.raises(CheckpointError, match=r"layers\.2\.mixer\.q_proj: .* has no lora_B of it"):
-        read(adapter, base)
+        read(adapter, hybrid_dir)
 
 
-def test_rows_that_the_experts_do_not_divide_are_named(adapter, base):
+def test_rows_that_the_experts_do_not_divide_are_named(adapter, hybrid_dir):
     key = "base_model.model.model.layers.1.mixer.experts.lora_A.weight"
     edit(adapter, lambda tensors: {**tensors, key: tensors[key][:-1]})
     with pytest.raises(CheckpointError, match=r"layers\.1\.mixer\.experts\.down_proj: got A and B of \(\(11, 24\).*expected \(\(12, 24\)"):
-        read(adapter, base)
+        read(adapter, hybrid_dir)
 
 
-def test_experts_of_another_rank_are_named(adapter, base):
+def test_experts_of_another_rank_are_named(adapter, hybrid_dir):
     set_config(adapter, r=3, target_modules=[])
     keep(adapter, ".experts.")
     with pytest.raises(CheckpointError, match=r"experts\.up_proj: got A and B of \(\(12, 32\).*expected \(\(18, 32\)"):
-        read(adapter, base)
+        read(adapter, hybrid_dir)
 
 
 @pytest.mark.parametrize(
@@ -150,17 +142,17 @@ def test_experts_of_another_rank_are_named(adapter, base):
         ({"target_modules": ["w1"], "target_parameters": None}, "no module that adapter_config.json names"),
     ],
 )
-def test_a_config_that_does_not_fit_is_told_by_its_key(adapter, base, changes, words):
+def test_a_config_that_does_not_fit_is_told_by_its_key(adapter, hybrid_dir, changes, words):
     set_config(adapter, **changes)
     with pytest.raises(CheckpointError, match=words):
-        read(adapter, base)
+        read(adapter, hybrid_dir)
 
 
-def test_an_adapter_of_nothing_is_refused(adapter, base):
+def test_an_adapter_of_nothing_is_refused(adapter, hybrid_dir):
     set_config(adapter, target_modules=[], target_parameters=None)
     keep(adapter)
     with pytest.raises(CheckpointError, match="adapter_config.json names no module of it"):
-        read(adapter, base)
+        read(adapter, hybrid_dir)
 
 
 @pytest.mark.parametrize(
@@ -172,29 +164,29 @@ def test_an_adapter_of_nothing_is_refused(adapter, base):
         ("a_setting_of_tomorrow", "on"),
     ],
 )  # fmt: skip
-def test_what_would_be_computed_wrong_is_refused_by_its_key(adapter, base, key, value):
+def test_what_would_be_computed_wrong_is_refused_by_its_key(adapter, hybrid_dir, key, value):
     set_config(adapter, **{key: value})
     with pytest.raises(CheckpointError, match=f"got {key}: .*merge this adapter with PEFT"):
-        read(adapter, base)
+        read(adapter, hybrid_dir)
 
 
-def test_every_refused_key_is_told_at_once(adapter, base):
+def test_every_refused_key_is_told_at_once(adapter, hybrid_dir):
     set_config(adapter, lora_bias=True, bias="all")
     with pytest.raises(CheckpointError, match='bias: "all".*lora_bias: true|lora_bias: true.*bias: "all"'):
-        read(adapter, base)
+        read(adapter, hybrid_dir)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "\xff"])
-def test_a_config_that_cannot_be_read_is_named(adapter, base, damage):
+def test_a_config_that_cannot_be_read_is_named(adapter, hybrid_dir, damage):
     (adapter / "adapter_config.json").write_bytes(damage.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: "):
-        read(adapter, base)
+        read(adapter, hybrid_dir)
 
 
-def test_an_adapter_of_a_bf16_base_is_fp32_on_disk_and_comes_back_to_the_bit(base, tmp_path):
-    model = save(base, tmp_path / "adapter", dtype="bfloat16")
+def test_an_adapter_of_a_bf16_base_is_fp32_on_disk_and_comes_back_to_the_bit(hybrid_dir, tmp_path):
+    model = save(hybrid_dir, tmp_path / "adapter", dtype="bfloat16")
     assert {tensor.dtype for tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
-    again = load_model(base, dtype="bfloat16")
+    again = load_model(hybrid_dir, dtype="bfloat16")
     load_adapter(again, tmp_path / "adapter")
     before, after = dict(lora_modules(model)), dict(lora_modules(again))
     assert before.keys() == after.keys()
@@ -202,23 +194,23 @@ def test_an_adapter_of_a_bf16_base_is_fp32_on_disk_and_comes_back_to_the_bit(bas
         assert torch.equal(layer.lora_A, after[name].lora_A) and torch.equal(layer.lora_B, after[name].lora_B), name
 
 
-def test_dora_comes_back_to_the_bit_and_lacking_or_wrong_magnitudes_are_named(base, tmp_path):
-    model = save(base, tmp_path / "adapter", lora=DORA)
+def test_dora_comes_back_to_the_bit_and_lacking_or_wrong_magnitudes_are_named(hybrid_dir, tmp_path):
+    model = save(hybrid_dir, tmp_path / "adapter", lora=DORA)
     with torch.no_grad():
         for _, layer in lora_modules(model):
             layer.lora_magnitude_vector.mul_(1.5)
     save_adapter(model, tmp_path / "adapter", DORA, base="hf", overwrite=True)
-    again = load_model(base, dtype="float32")
+    again = load_model(hybrid_dir, dtype="float32")
     load_adapter(again, tmp_path / "adapter")
     for (_, one), (_, other) in zip(lora_modules(model), lora_modules(again), strict=True):
         assert all(torch.equal(*both) for both in zip(one.parameters(recurse=False), other.parameters(recurse=False), strict=True))
     key = "base_model.model.model.layers.3.mixer.up_proj.lora_magnitude_vector"
     edit(tmp_path / "adapter", lambda tensors: {**tensors, key: tensors[key][1:]})
     with pytest.raises(CheckpointError, match=r"up_proj: got A, B and magnitude of .*\(47,\)\), expected .*\(48,\)\)"):
-        read(tmp_path / "adapter", base)
+        read(tmp_path / "adapter", hybrid_dir)
     edit(tmp_path / "adapter", lambda tensors: {name: tensor for name, tensor in tensors.items() if name != key})
     with pytest.raises(CheckpointError, match=r"layers\.3\.mixer\.up_proj: .* has no lora_magnitude_vector of it"):
-        read(tmp_path / "adapter", base)
+        read(tmp_path / "adapter", hybrid_dir)
     set_config(tmp_path / "adapter", use_dora=False)
     with pytest.raises(CheckpointError, match=r"lora_magnitude_vector: no module that adapter_config.json names has this tensor"):
-        read(tmp_path / "adapter", base)
+        read(tmp_path / "adapter", hybrid_dir)

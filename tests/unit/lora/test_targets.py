@@ -58,9 +58,8 @@ def test_embeddings_are_refused_until_they_are_built(tmp_path):
         names(tmp_path, "hybrid", ("embeddings",))
 
 
-def test_coverage_counts_what_trains(tmp_path):
-    make("hybrid").save_pretrained(tmp_path / "hf")
-    model = load_model(tmp_path / "hf")
+def test_coverage_counts_what_trains(hybrid_dir):
+    model = load_model(hybrid_dir)
     base = sum(p.numel() for p in model.parameters())
     apply_lora(model, Lora(rank=2, targets=("experts", "q_proj")))
     table = coverage(model)
@@ -72,9 +71,8 @@ def test_coverage_counts_what_trains(tmp_path):
     assert all(row.bytes == 4 * row.parameters for row in table.rows)
 
 
-def test_the_router_is_never_trained(tmp_path):
-    make("hybrid").save_pretrained(tmp_path / "hf")
-    model = load_model(tmp_path / "hf", trainable=True)
+def test_the_router_is_never_trained(hybrid_dir):
+    model = load_model(hybrid_dir, trainable=True)
     apply_lora(model, Lora(rank=2))
     routers = [(name, p) for name, p in model.named_parameters() if ".gate." in name]
     assert routers and not any(p.requires_grad for _, p in routers)
@@ -82,19 +80,18 @@ def test_the_router_is_never_trained(tmp_path):
     assert not any(name.endswith("e_score_correction_bias") for name, _ in model.named_parameters())  # a buffer: no optimiser sees it
 
 
-def settings(tmp_path, **patterns):
+def settings(hybrid_dir, **patterns):
     """Rank and scale of every adapted module, and the table."""
-    make("hybrid").save_pretrained(tmp_path / "hf")
-    model = load_model(tmp_path / "hf")
+    model = load_model(hybrid_dir)
     apply_lora(model, Lora(rank=2, alpha=4, targets=("attention", "mlp", "experts"), **patterns))
     return {
         name.split("layers.")[-1]: (layer.lora_A.shape[-2], layer.lora_B.shape[-1], layer.scale) for name, layer in lora_modules(model)
     }, coverage(model)
 
 
-def test_patterns_give_their_modules_ranks_and_alphas(tmp_path):
+def test_patterns_give_their_modules_ranks_and_alphas(hybrid_dir):
     found, table = settings(
-        tmp_path, rank_pattern={"q_proj": 8, "attention": 4, "experts.up_proj": 1}, alpha_pattern={"layers.3.mixer.up_proj": 6}
+        hybrid_dir, rank_pattern={"q_proj": 8, "attention": 4, "experts.up_proj": 1}, alpha_pattern={"layers.3.mixer.up_proj": 6}
     )
     assert found["2.mixer.q_proj"] == (8, 8, 0.5) and found["2.mixer.k_proj"] == (4, 4, 1.0)
     assert found["1.mixer.experts.up_proj"] == (1, 1, 4.0) and found["1.mixer.experts.down_proj"] == (2, 2, 2.0)
@@ -105,9 +102,9 @@ def test_patterns_give_their_modules_ranks_and_alphas(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
-def test_every_key_of_a_pattern_that_decides_nothing_is_told(tmp_path, pattern):
+def test_every_key_of_a_pattern_that_decides_nothing_is_told(hybrid_dir, pattern):
     with pytest.raises(RecipeError) as error:
-        settings(tmp_path, **{pattern: {"atention": 8, "attention": 4, "q_proj": 8, "mamba": 2}})
+        settings(hybrid_dir, **{pattern: {"atention": 8, "attention": 4, "q_proj": 8, "mamba": 2}})
     told = str(error.value).splitlines()
     assert told[0].startswith(
         f"lora.{pattern}: 'atention' matches no adapted module. Did you mean 'attention'? Known: attention, down_proj"
@@ -116,21 +113,19 @@ def test_every_key_of_a_pattern_that_decides_nothing_is_told(tmp_path, pattern):
     assert told[2].startswith(f"lora.{pattern}: 'mamba' matches no adapted module.") and len(told) == 3
 
 
-def test_dora_on_experts_is_refused_in_one_sentence_with_what_to_use(tmp_path):
-    make("hybrid").save_pretrained(tmp_path / "hf")
+def test_dora_on_experts_is_refused_in_one_sentence_with_what_to_use(hybrid_dir, tmp_path):
     with pytest.raises(
         UnsupportedError, match=r"^lora\.dora: DoRA is for linear layers, not for experts; use lora\.targets=\[(.*)\], or"
     ) as error:
-        apply_lora(load_model(tmp_path / "hf"), Lora(rank=2, dora=True))
+        apply_lora(load_model(hybrid_dir), Lora(rank=2, dora=True))
     told = tuple(re.search(r"\[(.*)\]", str(error.value))[1].split(", "))
     default = names(tmp_path, "hybrid", "default")
     assert names(tmp_path, "hybrid", told) == {name for name in default if ".experts." not in name}, "not Mamba's out_proj"
-    apply_lora(load_model(tmp_path / "hf"), Lora(rank=2, dora=True, targets=told))
+    apply_lora(load_model(hybrid_dir), Lora(rank=2, dora=True, targets=told))
 
 
-def test_coverage_counts_magnitudes(tmp_path):
-    make("hybrid").save_pretrained(tmp_path / "hf")
-    model = load_model(tmp_path / "hf")
+def test_coverage_counts_magnitudes(hybrid_dir):
+    model = load_model(hybrid_dir)
     base = sum(p.numel() for p in model.parameters())
     apply_lora(model, Lora(rank=2, dora=True, targets=("mlp",)))
     table = coverage(model)

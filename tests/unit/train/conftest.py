@@ -1,17 +1,9 @@
-"""A random hybrid on disk, and the loop on it in a directory of the test."""
+"""The loop on a random hybrid, in a directory of the test."""
 
 from __future__ import annotations
 
 import pytest
-from random_models import make
 from toy_loop import train_toy
-
-
-@pytest.fixture(scope="session")
-def hybrid_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "hybrid"
-    make("hybrid").save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from random_models import make
 from torch.utils.checkpoint import CheckpointPolicy
 
 from nemotune.lora import apply_lora, lora_modules
@@ -20,10 +19,9 @@ def test_flash_attention_is_kept_and_elementwise_work_is_not():
     assert _keep_products(None, torch.ops.aten.silu.default) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def test_gradients_of_a_bf16_model_are_the_same_bits_whatever_is_kept(tmp_path):
+def test_gradients_of_a_bf16_model_are_the_same_bits_whatever_is_kept(hybrid_dir):
     """Also where a block's own parts compute themselves again in the backward, as they do in 16 bits."""
-    make("hybrid").save_pretrained(tmp_path)
-    model = load_model(tmp_path, dtype="bfloat16").train()
+    model = load_model(hybrid_dir, dtype="bfloat16").train()
     apply_lora(model, Lora(rank=4, alpha=8, targets=("mamba", "experts", "attention", "mlp")))
     for _, layer in lora_modules(model):
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(1))

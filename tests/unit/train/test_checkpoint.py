@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from random_models import make
 from torch.distributed.checkpoint import FileSystemReader
 from toy_split import ToySplit
 
@@ -15,9 +14,8 @@ from nemotune.train.optim import make_optimizer
 from nemotune.train.step import accumulate
 
 
-def test_a_checkpoint_of_lora_holds_the_adapters_and_their_moments_alone(tmp_path):
-    make("hybrid").save_pretrained(tmp_path / "hf")
-    model = load_model(tmp_path / "hf", dtype="float32").train()
+def test_a_checkpoint_of_lora_holds_the_adapters_and_their_moments_alone(hybrid_dir, tmp_path):
+    model = load_model(hybrid_dir, dtype="float32").train()
     keys = apply_lora(model, Lora(rank=2))
     optimizer = make_optimizer({name: p for name, p in model.named_parameters() if p.requires_grad}, Train())
     accumulate(model, Loader(ToySplit([9]), global_batch_size=1, micro_batch_size=1, seed=0).step(0), keys=keys, seed=0, step=0)

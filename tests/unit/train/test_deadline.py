@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from toy_loop import rows
+from toy_loop import Clock, rows
 
 from nemotune.errors import TrainingError
 from nemotune.train import health
@@ -16,17 +16,10 @@ from nemotune.train.deadline import RECENT_STEPS, Deadline
 STEP, VALIDATION, CHECKPOINT = 10.0, 6.0, 4.0
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """Checkpoints take CHECKPOINT seconds; `at_work` makes a model's passes take theirs."""
-    clock, save = Clock(), Checkpoints.save
+    clock, save = Clock(1000.0), Checkpoints.save
 
     def save_slowly(*args, **options):
         clock.now += CHECKPOINT
@@ -73,7 +66,7 @@ NEXT = {"checkpoint_bytes": 400e6, "validation_steps": 0.0}
     ],
 )
 def test_a_step_begins_only_while_it_and_all_that_follows_fit(parts, following, needed):
-    clock = Clock()
+    clock = Clock(1000.0)
     deadline = measured(clock, **parts)
     start = clock.now
     clock.now = start + 100 - needed
@@ -83,7 +76,7 @@ def test_a_step_begins_only_while_it_and_all_that_follows_fit(parts, following, 
 
 
 def test_the_margin_of_a_long_run_is_a_minute():
-    clock = Clock()
+    clock = Clock(1000.0)
     deadline = Deadline(clock() + 43200, clock=clock)
     clock.now += 43200 - 60 - 6
     assert deadline.leaves_time(**NEXT)
@@ -92,14 +85,14 @@ def test_the_margin_of_a_long_run_is_a_minute():
 
 
 def test_without_a_deadline_there_is_always_time():
-    clock = Clock()
+    clock = Clock(1000.0)
     deadline = Deadline(clock=clock)
     clock.now = 1e12
     assert deadline.leaves_time(checkpoint_bytes=1e15, validation_steps=1e9) and not deadline.has_come()
 
 
 def test_it_has_come_once_it_is_past():
-    clock = Clock()
+    clock = Clock(1000.0)
     deadline = Deadline(clock() + 10, clock=clock)
     clock.now += 9.9
     assert not deadline.has_come()

@@ -8,7 +8,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from random_models import make
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_split import ToySplit
 
@@ -27,9 +26,8 @@ TARGETS = ("attention", "mamba", "mlp", "shared_experts", "experts")
 
 
 @pytest.fixture
-def adapted(tmp_path):
-    make("hybrid").save_pretrained(tmp_path / "hf")
-    model = load_model(tmp_path / "hf", dtype="float32")
+def adapted(hybrid_dir):
+    model = load_model(hybrid_dir, dtype="float32")
     return model, apply_lora(model, Lora(rank=4, alpha=8, dropout=0.4, targets=TARGETS))
 
 
@@ -68,9 +66,8 @@ def test_validation_is_the_token_mean_without_dropout_and_leaves_the_mode(adapte
     assert validation_loss(model, batches(SPLIT, max_tokens=1000)) == together and not model.training
 
 
-def test_only_matrices_are_decayed_and_the_betas_are_the_recipes(tmp_path):
-    make("hybrid").save_pretrained(tmp_path / "hf")
-    model = load_model(tmp_path / "hf", dtype="float32", trainable=True)
+def test_only_matrices_are_decayed_and_the_betas_are_the_recipes(hybrid_dir):
+    model = load_model(hybrid_dir, dtype="float32", trainable=True)
     optimizer = make_optimizer(trainable(model), Train(weight_decay=0.1, betas=(0.8, 0.95)))
     names = {id(p): name for name, p in model.named_parameters()}
     decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}

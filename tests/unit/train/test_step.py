@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_models import make, relative
+from random_models import relative
 from toy_split import ToySplit
 
 from nemotune.data.loader import Loader
@@ -17,15 +17,8 @@ from nemotune.train.step import accumulate, gradient_norm, update
 LENGTHS = [9, 14, 6, 21, 8, 11, 5, 17]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "hybrid"
-    make("hybrid").save_pretrained(path)
-    return path
-
-
-def adapted(directory, *, dropout=0.0):
-    model = load_model(directory, dtype="float32")
+def adapted(hybrid_dir, *, dropout=0.0):
+    model = load_model(hybrid_dir, dtype="float32")
     keys = apply_lora(
         model, Lora(rank=4, alpha=8, dropout=dropout, targets=("attention", "mamba", "mlp", "shared_experts", "experts", "lm_head"))
     )
@@ -35,9 +28,9 @@ def adapted(directory, *, dropout=0.0):
     return model.train(), keys
 
 
-def gradients(directory, *, micro, packs=None, dropout=0.0, checkpointing="none", step=0):
+def gradients(hybrid_dir, *, micro, packs=None, dropout=0.0, checkpointing="none", step=0):
     """(loss, gradient of every adapter tensor) of one global batch of all documents."""
-    model, keys = adapted(directory, dropout=dropout)
+    model, keys = adapted(hybrid_dir, dropout=dropout)
     set_activation_checkpointing(model, checkpointing)
     split = ToySplit(LENGTHS, packs=packs)
     loader = Loader(split, global_batch_size=len(split.packs), micro_batch_size=micro, seed=0)
@@ -54,25 +47,25 @@ def assert_same_gradients(one, other, tolerance=1e-5):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("micro, packs", [(1, None), (4, None), (1, [[0, 3], [1, 2, 4], [5], [7, 6]]), (2, [[7, 0], [3, 1], [2, 4, 5, 6]])])
-def test_micro_batch_and_packing_change_nothing(directory, micro, packs, dropout):
-    assert_same_gradients(gradients(directory, micro=8, dropout=dropout), gradients(directory, micro=micro, packs=packs, dropout=dropout))
+def test_micro_batch_and_packing_change_nothing(hybrid_dir, micro, packs, dropout):
+    assert_same_gradients(gradients(hybrid_dir, micro=8, dropout=dropout), gradients(hybrid_dir, micro=micro, packs=packs, dropout=dropout))
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_activation_checkpointing_changes_nothing(directory, mode):
-    plain = gradients(directory, micro=2, dropout=0.3)
-    again = gradients(directory, micro=2, dropout=0.3, checkpointing=mode)
+def test_activation_checkpointing_changes_nothing(hybrid_dir, mode):
+    plain = gradients(hybrid_dir, micro=2, dropout=0.3)
+    again = gradients(hybrid_dir, micro=2, dropout=0.3, checkpointing=mode)
     assert plain[0] == again[0]
     assert_same_gradients(plain, again, tolerance=1e-6)
 
 
-def test_dropout_differs_by_step_and_repeats_within_one(directory):
-    assert gradients(directory, micro=4, dropout=0.3)[0] == gradients(directory, micro=4, dropout=0.3)[0]
-    assert gradients(directory, micro=4, dropout=0.3)[0] != gradients(directory, micro=4, dropout=0.3, step=1)[0]
+def test_dropout_differs_by_step_and_repeats_within_one(hybrid_dir):
+    assert gradients(hybrid_dir, micro=4, dropout=0.3)[0] == gradients(hybrid_dir, micro=4, dropout=0.3)[0]
+    assert gradients(hybrid_dir, micro=4, dropout=0.3)[0] != gradients(hybrid_dir, micro=4, dropout=0.3, step=1)[0]
 
 
-def test_a_small_step_moves_fp32_weights_that_bf16_would_keep(directory):
-    model = load_model(directory, dtype="bfloat16", trainable=True)
+def test_a_small_step_moves_fp32_weights_that_bf16_would_keep(hybrid_dir):
+    model = load_model(hybrid_dir, dtype="bfloat16", trainable=True)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(p.dtype == torch.float32 for p in parameters.values())
     before = {name: p.detach().clone() for name, p in parameters.items()}

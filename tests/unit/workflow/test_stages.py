@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from toy_loop import Clock
 
 from nemotune.data import spool
 from nemotune.engines import native
@@ -131,13 +132,6 @@ def test_a_recipe_without_tasks_runs_to_its_report_and_is_no_evaluation(recipe, 
     assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "eval").exists()
     with pytest.raises(RecipeError, match="nothing to evaluate"):
         stages.evaluate(recipe, **options(tmp_path / "run"))
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture
