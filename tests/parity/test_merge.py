@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from nemotune.errors import CheckpointError, ConflictError, UnsupportedError
 from nemotune.export import merge as merging
 from nemotune.export.merge import merge, plan_merge
-from nemotune.lora import adapter, apply_lora, lora_modules, save_adapter
+from nemotune.lora import LoRAEmbedding, adapter, apply_lora, lora_modules, save_adapter
 from nemotune.lora.adapter import Adapter
 from nemotune.models import load_model
 from nemotune.recipe import Lora
@@ -21,7 +21,7 @@ TOKENS = torch.randint(0, 96, (29,), generator=torch.Generator().manual_seed(1))
 BORDERS = torch.tensor([0, 29], dtype=torch.int32)
 PATTERNS = Lora(rank=4, alpha=8, rank_pattern={"experts": 2, "q_proj": 9}, alpha_pattern={"mamba": 20, "experts.up_proj": 3})
 DORA = Lora(rank=4, alpha=8, dora=True, targets=("attention", "mamba", "mlp", "shared_experts"))
-ALL = Lora(rank=4, alpha=8, targets=("attention", "mamba", "mlp", "shared_experts", "experts"))
+ALL = Lora(rank=4, alpha=8, targets=("attention", "mamba", "mlp", "shared_experts", "experts", "embeddings"))
 
 
 def with_adapter(path, variant, lora, *, dtype="float32"):
@@ -31,7 +31,8 @@ def with_adapter(path, variant, lora, *, dtype="float32"):
     apply_lora(model, lora)
     with torch.no_grad():
         for _, layer in lora_modules(model):
-            layer.lora_B.normal_(0, 0.2, generator=torch.Generator().manual_seed(3))
+            begins_at_zero = layer.lora_embedding_A if isinstance(layer, LoRAEmbedding) else layer.lora_B
+            begins_at_zero.normal_(0, 0.2, generator=torch.Generator().manual_seed(3))
             if lora.dora:
                 layer.lora_magnitude_vector.mul_(torch.rand(layer.out_features, generator=torch.Generator().manual_seed(4)) + 0.5)
     save_adapter(model, path / "adapter", lora, base=str(path / "base"))
@@ -48,6 +49,8 @@ def with_adapter(path, variant, lora, *, dtype="float32"):
         ("latent", Lora(rank=4, alpha=8)),
         ("llama", Lora(rank=4)),
         ("llama_tied", Lora(rank=4)),
+        ("hybrid", Lora(rank=4, alpha=8, targets=("embeddings", "lm_head", "experts"), rank_pattern={"embeddings": 7})),
+        ("llama", Lora(rank=4, alpha=2, targets=("embeddings",))),
     ],
 )
 def test_merged_logits_equal_adapter_logits(variant, lora, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import defaultdict
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from peft.optimizers import create_loraplus_optimizer
 from random_models import make, relative, with_our_dt_limits
 from safetensors.torch import load_file
 
-from nemotune.lora import apply_lora, load_adapter, lora_modules, save_adapter
+from nemotune.lora import LoRAEmbedding, apply_lora, load_adapter, lora_modules, save_adapter
 from nemotune.models import load_model
 from nemotune.recipe import Lora, Train
 from nemotune.train.optim import make_optimizer
@@ -27,7 +29,7 @@ def adapted(directory, lora):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _, layer in lora_modules(model):
-            layer.lora_B.normal_(0, 0.2, generator=generator)
+            (layer.lora_embedding_A if isinstance(layer, LoRAEmbedding) else layer.lora_B).normal_(0, 0.2, generator=generator)
             if lora.dora:
                 layer.lora_magnitude_vector.mul_(torch.rand(layer.out_features, generator=generator) + 0.5)
     return model.eval()
@@ -52,6 +54,9 @@ CASES = {
     ),
     "dora_rslora_head": ("llama", Lora(rank=4, alpha=8, rslora=True, dora=True, targets=("attention", "mlp", "lm_head"))),
     "dora_biased": ("llama_biased", Lora(rank=4, alpha=8, dora=True)),
+    "embeddings": ("hybrid", Lora(rank=4, alpha=8, targets=("embeddings", "attention"), alpha_pattern={"embeddings": 2})),
+    "embeddings_alone": ("llama", Lora(rank=4, alpha=2, rslora=True, dropout=0.1, targets=("embeddings",))),
+    "embeddings_and_head": ("llama", Lora(rank=4, alpha=8, rank_pattern={"embed_tokens": 7}, targets=("embed_tokens", "lm_head"))),
 }
 
 
@@ -79,6 +84,8 @@ THEIRS = {
     "pattern": ("hybrid", dict(target_modules=r".*\.(q|o|down)_proj", use_rslora=True)),
     "all_linear_but": ("llama", dict(target_modules="all-linear", exclude_modules=["layers.1.mlp.up_proj", "k_proj"])),
     "lm_head": ("llama", dict(target_modules=["lm_head", "v_proj"])),
+    "embeddings": ("hybrid", dict(target_modules=["embeddings", "q_proj"], rank_pattern={"embeddings": 2})),
+    "embeddings_of_llama": ("llama", dict(target_modules=r".*\.(embed_tokens|v_proj)")),
     "dora": ("llama_biased", dict(target_modules=["q_proj", "up_proj"], use_dora=True, alpha_pattern={"q_proj": 3})),
     "patterns": ("hybrid", dict(
         target_modules=["q_proj", "k_proj", "in_proj", "up_proj"], target_parameters=["experts.up_proj", "experts.down_proj"],
@@ -181,20 +188,24 @@ def test_an_adapter_with_experts_tells_peft_no_dropout(tmp_path):
 
 
 def test_loraplus_groups_are_those_of_peft(tmp_path):
-    """As sets of parameters by rate and decay: PEFT decays A and B alike with what it is given."""
+    """As sets of parameters by rate and decay: PEFT decays A and B alike with what it is given, and so it does with the rate of embeddings."""
     make("llama").save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype="float32")
-    apply_lora(model, Lora(rank=2, targets=("attention", "mlp")))
+    apply_lora(model, Lora(rank=2, targets=("attention", "mlp", "embeddings")))
     ours = make_optimizer(
         {name: p for name, p in model.named_parameters() if p.requires_grad}, Train(learning_rate=0.01, weight_decay=0.1), plus_ratio=16
     )
-    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"]
     peft = get_peft_model(make("llama"), LoraConfig(r=2, target_modules=modules))
-    theirs = create_loraplus_optimizer(peft, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16, loraplus_weight_decay=0.1)
+    theirs = create_loraplus_optimizer(
+        peft, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16, loraplus_weight_decay=0.1, loraplus_lr_embedding=0.01
+    )
 
     def groups(optimizer, model):
-        names = {id(p): name.removeprefix("base_model.model.").replace(".default.weight", "") for name, p in model.named_parameters()}
-        held = [(g["lr"], g["weight_decay"], {names[id(p)] for p in g["params"]}) for g in optimizer.param_groups if g["params"]]
-        return sorted(held, key=lambda group: group[0])
+        names = {id(p): re.sub(r"^base_model\.model\.|\.default(\.weight)?$", "", name) for name, p in model.named_parameters()}
+        found = defaultdict(set)
+        for group in optimizer.param_groups:
+            found[group["lr"], group["weight_decay"]] |= {names[id(p)] for p in group["params"]}
+        return {settings: held for settings, held in found.items() if held}
 
     assert groups(ours, model) == groups(theirs, peft) and len(groups(ours, model)) == 2

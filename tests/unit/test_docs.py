@@ -24,7 +24,7 @@ from nemotune.evaluate.compare import PRIMARY, RESAMPLES
 from nemotune.evaluate.report import MEANINGS
 from nemotune.evaluate.rows import Row
 from nemotune.lora import apply_lora, coverage
-from nemotune.lora.targets import linear_modules
+from nemotune.lora.targets import adaptable_modules
 from nemotune.models import build_model, config, load_model, load_tokenizer, parse_config, read_config
 from nemotune.models.loading import FAMILIES, UNUSED_PREFIXES
 from nemotune.plan.cost import OPTIMIZER_BYTES
@@ -111,7 +111,7 @@ def test_block_types_and_their_modules_are_the_models(tmp_path):
         told = {coded(row[0])[0]: set(coded(row[column])) for row in rows if row[column]}
         real: dict[str, set[str]] = {}
         for variant in variants:
-            for name, kind in linear_modules(build_model(read_config(tmp_path / variant))).items():
+            for name, kind in adaptable_modules(build_model(read_config(tmp_path / variant))).items():
                 real.setdefault(kind, set()).add(name.rpartition(".")[2])
         assert real.pop("head") == {"lm_head"}
         assert told == real
@@ -134,7 +134,7 @@ def test_coverage_of_nano_30b_is_the_table():
     configs = json.loads((Path(str(REAL)) / "data/nemotron/configs/known_config_values.json").read_text())
     model = build_model(parse_config(configs["nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"]["config"]))
     apply_lora(model, Lora())
-    found = [row for row in coverage(model).rows if row.block_type != "head"]
+    found = [row for row in coverage(model).rows if row.adapted]
     real = [[r.block_type, f"{r.layers}", f"{r.modules}", f"{r.adapted}", f"{r.parameters:,}", f"{r.bytes / 1e6:,.2f}"] for r in found]
     assert table_rows(LORA, "block type | layers | modules | adapted | parameters | MB") == real
     experts = next(row.parameters for row in found if row.block_type == "experts")

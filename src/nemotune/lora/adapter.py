@@ -1,7 +1,8 @@
 """Adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, named as PEFT names them (`peft_form.py`).
 
-A of experts is flattened as (expert, rank) x in, B as out x (rank, expert). Every tensor is counted on writing and reading: a module
-that the config names and the file lacks is an error, and so is a tensor of a module that it does not name.
+A of experts is flattened as (expert, rank) x in, B as out x (rank, expert); those of embeddings are transposed. Every tensor is
+counted on writing and reading: a module that the config names and the file lacks is an error, and so is a tensor of a module that it
+does not name.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from nemotune.errors import CheckpointError, MissingFileError
 from nemotune.files import staged_directory
 from nemotune.lora.dropout import DropoutKeys
-from nemotune.lora.layers import LoRAExperts, lora_modules, scale
+from nemotune.lora.layers import LoRAEmbedding, LoRAExperts, lora_modules, scale
 from nemotune.lora.peft_form import SUFFIXES, named_modules, peft_config, peft_keys, read_peft_config, spellings, unplaced_parameters
-from nemotune.lora.targets import apply_lora, linear_modules, module_settings
+from nemotune.lora.targets import adaptable_modules, apply_lora, module_settings, refuse_shared_embeddings
 from nemotune.models.base import CausalLM
 from nemotune.recipe import Lora
 from nemotune.weights import TensorInfo, WritePlan, write_checkpoint
@@ -31,7 +32,10 @@ OUT_PROJ_NOTE = "PEFT refuses Mamba's out_proj, which this adapter has: it loads
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as read, by the name of the adapted module: A [..., rank, in] and B [..., out, rank], DoRA's magnitudes, what holds for it."""
+    """An adapter as read, by the name of the adapted module: A [..., rank, in] and B [..., out, rank], DoRA's magnitudes, what holds for it.
+
+    Embeddings are read as the linear layer of their weight [vocabulary, hidden]: their update is `B A` too.
+    """
 
     lora: Lora
     pairs: dict[str, tuple[Tensor, Tensor]]
@@ -60,7 +64,7 @@ def gains(magnitude: Tensor, updated: Tensor) -> Tensor:
 def save_adapter(model: CausalLM, directory: Path, lora: Lora, *, base: str, overwrite: bool = False) -> list[str]:
     """Write the adapter of `model` into `directory`. Returns notes on where it will not load."""
     layers = dict(lora_modules(model))
-    named = {name: kind for name, kind in linear_modules(model).items() if name in layers}
+    named = {name: kind for name, kind in adaptable_modules(model).items() if name in layers}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         key = peft_keys(name, named, model)[0]
@@ -81,8 +85,10 @@ def load_adapter(model: CausalLM, directory: Path) -> DropoutKeys:
     adapter = read_adapter(directory, model)
     keys = apply_lora(model, adapter.lora)
     for name, layer in lora_modules(model):
-        magnitude = [adapter.magnitudes[name]] if name in adapter.magnitudes else []
-        for parameter, value in zip(layer.parameters(recurse=False), [*adapter.pairs[name], *magnitude], strict=True):
+        A, B = adapter.pairs[name]
+        values = [B.T, A.T] if isinstance(layer, LoRAEmbedding) else [A, B]
+        values += [adapter.magnitudes[name]] if name in adapter.magnitudes else []
+        for parameter, value in zip(layer.parameters(recurse=False), values, strict=True):
             with torch.no_grad():
                 parameter.copy_(value)
     return keys
@@ -91,7 +97,7 @@ def load_adapter(model: CausalLM, directory: Path) -> DropoutKeys:
 def read_adapter(directory: Path, model: CausalLM) -> Adapter:
     """The adapter in `directory`, its tensors checked against its config and `model` (which may be on the meta device and stays as it is).
 
-    Raises CheckpointError, MissingFileError.
+    Raises CheckpointError, MissingFileError, UnsupportedError.
     """
     directory = Path(directory)
     for file in (CONFIG, WEIGHTS):
@@ -99,6 +105,7 @@ def read_adapter(directory: Path, model: CausalLM) -> Adapter:
             raise MissingFileError(f"{directory / file}: no such file; expected an adapter directory as PEFT writes it")
     config, tensors = read_peft_config(directory / CONFIG), _read_tensors(directory / WEIGHTS)
     named = named_modules(config, model)
+    refuse_shared_embeddings(named, model)
     pairs, magnitudes, problems = {}, {}, [f"target_parameters: '{name}' are no experts" for name in unplaced_parameters(config, model)]
     for name in named:
         module, keys = model.get_submodule(name), peft_keys(name, named, model)
@@ -111,7 +118,8 @@ def read_adapter(directory: Path, model: CausalLM) -> Adapter:
             parts = "A, B and magnitude" if config.use_dora else "A and B"
             problems.append(f"{name}: got {parts} of {tuple(got.values())}, expected {tuple(expected.values())}")
         else:
-            pairs[name] = _unflattened(found["lora_A"], found["lora_B"], module)
+            A, B, *_ = found.values()
+            pairs[name] = _unflattened(A, B, module)
             if config.use_dora:
                 magnitudes[name] = found["lora_magnitude_vector"]
     problems += [f"{key}: no module that {CONFIG} names has this tensor" for key in tensors]
@@ -135,12 +143,20 @@ def _take(tensors: dict[str, Tensor], keys: list[str]) -> Tensor | None:
 
 
 def _flat_shapes(module: nn.Module, rank: int, *, dora: bool) -> dict[str, tuple[int, ...]]:
-    """The shapes of a module's tensors on disk."""
+    """The shapes of a module's tensors on disk, A first."""
     rows = rank * getattr(module, "num_experts", 1)
-    shapes: dict[str, tuple[int, ...]] = {"lora_A": (rows, module.in_features), "lora_B": (module.out_features, rows)}
-    return {**shapes, "lora_magnitude_vector": (module.out_features,)} if dora else shapes
+    if isinstance(module, nn.Embedding):
+        width, shapes = (
+            module.embedding_dim,
+            {"lora_embedding_A": (rank, module.num_embeddings), "lora_embedding_B": (module.embedding_dim, rank)},
+        )
+    else:
+        width, shapes = module.out_features, {"lora_A": (rows, module.in_features), "lora_B": (module.out_features, rows)}
+    return {**shapes, "lora_magnitude_vector": (width,)} if dora else shapes
 
 
 def _unflattened(A: Tensor, B: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
+    if isinstance(module, nn.Embedding):
+        return B.T, A.T
     experts = getattr(module, "num_experts", None)
     return (A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)) if experts else (A, B)

@@ -1,6 +1,7 @@
 """A frozen layer with a low-rank update beside it: `y = W x + scale B A dropout(x)`. A and B are fp32 and compute in the dtype of x.
 
-DoRA gives each row of the updated weight a length of its own, which is learned. `wrap` gives a layer its LoRA form; merging is `export/merge.py`, on files.
+DoRA gives each row of the updated weight a length of its own, which is learned. Embeddings look a column of A up instead. `wrap` gives
+a layer its LoRA form; merging is `export/merge.py`, on files.
 """
 
 from __future__ import annotations
@@ -23,24 +24,26 @@ from nemotune.recipe import Lora
 
 
 class LoRALayer(nn.Module):
-    """What both forms share; `base` is the frozen layer, `lora_A` [..., rank, in], `lora_B` [..., out, rank]."""
+    """What all forms share; `base` is the frozen layer, `lora_A` [..., rank, in], `lora_B` [..., out, rank], but for embeddings."""
 
-    def __init__(self, base: Linear | GroupedLinear, lora: Lora, *, name: str, keys: DropoutKeys, seed: int):
+    def __init__(self, base: Linear | GroupedLinear | nn.Embedding, lora: Lora, *, name: str, keys: DropoutKeys, seed: int):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale = scale(lora)
         self.probability, self.keys, self.module_id = lora.dropout, keys, zlib.crc32(name.encode())
-        experts = (base.num_experts,) if isinstance(base, GroupedLinear) else ()
-        device = next(chain(base.parameters(), base.buffers())).device
-        self.lora_A = nn.Parameter(torch.empty(*experts, lora.rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(*experts, base.out_features, lora.rank, device=device))
-        if device.type != "meta":
-            self._draw(seed)
+        self._make(lora.rank, next(chain(base.parameters(), base.buffers())).device)
+        if not any(parameter.is_meta for parameter in self.parameters(recurse=False)):
+            # the same for a module under any order of modules; 32 bits are all that a generator takes
+            self._draw(torch.Generator().manual_seed(zlib.crc32(self.module_id.to_bytes(4, "big"), seed)))
+
+    def _make(self, rank: int, device: torch.device) -> None:
+        experts = (self.base.num_experts,) if isinstance(self.base, GroupedLinear) else ()
+        self.lora_A = nn.Parameter(torch.empty(*experts, rank, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(*experts, self.out_features, rank, device=device))
 
     @torch.no_grad()
-    def _draw(self, seed: int) -> None:
-        """A as PEFT draws it, Kaiming uniform with a = sqrt(5): the same for a module under any order of modules; B stays zero."""
-        generator = torch.Generator().manual_seed(zlib.crc32(self.module_id.to_bytes(4, "big"), seed))  # 32 bits are all that it takes
+    def _draw(self, generator: torch.Generator) -> None:
+        """A as PEFT draws it, Kaiming uniform with a = sqrt(5); B stays zero."""
         bound = 1 / math.sqrt(self.in_features)
         self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator) * 2 * bound - bound)
 
@@ -120,6 +123,26 @@ class LoRAExperts(LoRALayer):
         return self.base(x_MI, sent) + grouped_linear(low_MR, self.lora_B, sent.ends_E)
 
 
+class LoRAEmbedding(LoRALayer):
+    """LoRA on embeddings: `y = E[x] + scale B A[:, x]`, A [rank, vocabulary] and B [hidden, rank], computed in fp32 and rounded once.
+
+    As PEFT's: A begins at zero and B normal, and there is no dropout. The gradient of A is as large as A, whatever tokens it saw.
+    """
+
+    def _make(self, rank: int, device: torch.device) -> None:
+        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, self.base.num_embeddings, device=device))
+        self.lora_embedding_B = nn.Parameter(torch.empty(self.base.embedding_dim, rank, device=device))
+
+    @torch.no_grad()
+    def _draw(self, generator: torch.Generator) -> None:
+        self.lora_embedding_B.copy_(torch.randn(self.lora_embedding_B.shape, generator=generator))
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        y_TD = self.base(tokens_T)
+        low_TR = F.embedding(tokens_T, self.lora_embedding_A.T)
+        return torch.addmm(y_TD.float(), low_TR, self.lora_embedding_B.T, alpha=self.scale).to(y_TD.dtype)
+
+
 def expert_keys(keys_T: Tensor, sent: Dispatch) -> Tensor:
     """A key per row sorted by expert: its token's, told apart by the expert."""
     return mix(keys_T[sent.tokens_M] + (sent.experts_M + 1) * GOLDEN)
@@ -132,7 +155,9 @@ def scale(lora: Lora) -> float:
 
 def wrap(base: nn.Module, lora: Lora, *, name: str, keys: DropoutKeys, seed: int) -> LoRALayer:
     """The LoRA form of `base`."""
-    form = LoRAExperts if isinstance(base, GroupedLinear) else DoRALinear if lora.dora else LoRALinear
+    form: type[LoRALayer] = DoRALinear if lora.dora else LoRALinear
+    if not isinstance(base, Linear):
+        form = LoRAExperts if isinstance(base, GroupedLinear) else LoRAEmbedding
     return form(base, lora, name=name, keys=keys, seed=seed).train(base.training)
 
 

@@ -18,13 +18,16 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from nemotune.errors import CheckpointError
-from nemotune.lora.targets import linear_modules, module_settings
+from nemotune.lora.targets import NOT_LINEAR_BLOCKS, adaptable_modules, module_settings
 from nemotune.models.base import CausalLM
 from nemotune.recipe import Lora
 
 Number = TypeVar("Number", int, float)
 PREFIX = "base_model.model."
-SUFFIXES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_magnitude_vector": ".lora_magnitude_vector"}
+SUFFIXES = {
+    "lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_magnitude_vector": ".lora_magnitude_vector",
+    "lora_embedding_A": ".lora_embedding_A", "lora_embedding_B": ".lora_embedding_B",
+}  # fmt: skip
 UNUSED = (None, False, "none", [], {})  # how PEFT writes a setting that is not used
 WITHOUT_EFFECT = {  # on what a trained adapter computes
     "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
@@ -66,7 +69,7 @@ class PeftConfig(BaseModel):
         if block_type == "experts":
             return _matches(self.target_parameters, spellings)
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
-            chosen = block_type != "head"
+            chosen = block_type not in NOT_LINEAR_BLOCKS
         else:
             chosen = _matches(self.target_modules, spellings)
         return chosen and not _matches(self.exclude_modules, spellings)
@@ -110,12 +113,12 @@ def read_peft_config(path: Path) -> PeftConfig:
 
 def named_modules(config: PeftConfig, model: CausalLM) -> dict[str, str]:
     """Block type of every module that `config` says is adapted, by our name, in the model's order."""
-    return {name: kind for name, kind in linear_modules(model).items() if config.names(spellings(name, model), kind)}
+    return {name: kind for name, kind in adaptable_modules(model).items() if config.names(spellings(name, model), kind)}
 
 
 def unplaced_parameters(config: PeftConfig, model: CausalLM) -> list[str]:
     """The `target_parameters` that are not experts of `model`: others lie in layouts that are not read."""
-    experts = [spellings(name, model) for name, kind in linear_modules(model).items() if kind == "experts"]
+    experts = [spellings(name, model) for name, kind in adaptable_modules(model).items() if kind == "experts"]
     return [target for target in config.target_parameters or () if not any(_matches([target], spelled) for spelled in experts)]
 
 

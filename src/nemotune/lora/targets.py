@@ -1,16 +1,18 @@
 """Which modules LoRA adapts, and at which rank: block types, module names or `default`, and the table that shows what that came to.
 
-A target or a pattern's key that matches nothing is an error. The router is never a target: its choice is part of the base.
+A target or a pattern's key that matches nothing is an error. The router is never a target: its choice is part of the base. Nor are
+embeddings that the head shares: an adapter changes what goes in alone, a merged weight what comes out as well.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from nemotune.errors import RecipeError, UnsupportedError, did_you_mean
 from nemotune.lora.dropout import DropoutKeys
@@ -20,6 +22,7 @@ from nemotune.models.layers import GroupedLinear, Linear
 from nemotune.models.quantize import quantized_parameters
 from nemotune.recipe import Lora
 
+NOT_LINEAR_BLOCKS = ("head", "embeddings")
 NOT_BY_DEFAULT = re.compile(r"\.mixer\.out_proj$")  # PEFT refuses Mamba's out_proj: adapters of the default load everywhere
 
 
@@ -55,7 +58,7 @@ def apply_lora(model: CausalLM, lora: Lora, *, seed: int = 0) -> DropoutKeys:
 
     Raises RecipeError for targets and keys of patterns that match nothing.
     """
-    kinds = linear_modules(model)
+    kinds = adaptable_modules(model)
     settings = module_settings({name: kinds[name] for name in matched_modules(model, lora.targets)}, lora)
     model.requires_grad_(False)
     keys = DropoutKeys()
@@ -66,12 +69,13 @@ def apply_lora(model: CausalLM, lora: Lora, *, seed: int = 0) -> DropoutKeys:
 
 
 def matched_modules(model: CausalLM, targets: str | tuple[str, ...]) -> list[str]:
-    """The names of the modules that `targets` reach, in the model's order. Raises RecipeError naming every target that reaches none."""
-    modules = linear_modules(model)
+    """The names of the modules that `targets` reach, in the model's order.
+
+    Raises RecipeError naming every target that reaches none, UnsupportedError for embeddings that are tied to the head.
+    """
+    modules = adaptable_modules(model)
     if targets == "default":
-        return [name for name, block_type in modules.items() if block_type != "head" and not NOT_BY_DEFAULT.search(name)]
-    if "embeddings" in targets:
-        raise UnsupportedError("lora.targets: 'embeddings' is not built yet; leave it out, or train with method: full")
+        return [name for name, block_type in modules.items() if block_type not in NOT_LINEAR_BLOCKS and not NOT_BY_DEFAULT.search(name)]
     problems, chosen = [], set()
     for target in targets:
         matched = _reached(target, modules)
@@ -80,24 +84,36 @@ def matched_modules(model: CausalLM, targets: str | tuple[str, ...]) -> list[str
         chosen.update(matched)
     if problems:
         raise RecipeError("\n".join(problems))
+    refuse_shared_embeddings(chosen, model)
     return [name for name in modules if name in chosen]
+
+
+def refuse_shared_embeddings(names: Iterable[str], model: CausalLM) -> None:
+    """Raise UnsupportedError where `names` hold embeddings that are tied to the head."""
+    shared = [name for name in names if model.config.tie_word_embeddings and model.get_submodule(name) is model.embeddings]
+    if shared:
+        raise UnsupportedError(
+            f"lora.targets: {shared[0]} is tied to the head (tie_word_embeddings), so an adapter on it would train the input alone and, merged, "
+            "change the output too; leave embeddings out, or train with method: full"
+        )
 
 
 def module_settings(adapted: Mapping[str, str], lora: Lora) -> dict[str, Lora]:
     """What holds for each of the adapted modules (name -> block type): `lora` with the rank and the alpha that its patterns give it.
 
-    Raises RecipeError naming every key that decides for none of them, UnsupportedError for DoRA on experts.
+    Raises RecipeError naming every key that decides for none of them, UnsupportedError for DoRA on experts and embeddings.
     """
     (ranks, wrong_ranks), (alphas, wrong_alphas) = _decided(lora.rank_pattern, adapted), _decided(lora.alpha_pattern, adapted)
     problems = [f"lora.rank_pattern: {wrong}" for wrong in wrong_ranks] + [f"lora.alpha_pattern: {wrong}" for wrong in wrong_alphas]
     if problems:
         raise RecipeError("\n".join(problems))
-    if lora.dora and "experts" in adapted.values():
-        linear = {name: kind for name, kind in adapted.items() if kind != "experts"}
+    not_linear = {"experts", "embeddings"}
+    if lora.dora and not_linear & set(adapted.values()):
+        linear = {name: kind for name, kind in adapted.items() if kind not in not_linear}
         # by name where the block type says more (out_proj), or is no target
         others = dict.fromkeys(name.rpartition(".")[2] if kind in ("mamba", "head") else kind for name, kind in linear.items())
         raise UnsupportedError(
-            f"lora.dora: DoRA is for linear layers, not for experts; use lora.targets=[{', '.join(others) or 'attention'}], or lora.dora=false"
+            f"lora.dora: DoRA is for linear layers, not for experts or embeddings; use lora.targets=[{', '.join(others) or 'attention'}], or lora.dora=false"
         )
     plain = lora.model_copy(update={"rank_pattern": {}, "alpha_pattern": {}})
     return {name: plain.model_copy(update={"rank": ranks.get(name, lora.rank), "alpha": alphas.get(name, lora.alpha)}) for name in adapted}
@@ -128,11 +144,11 @@ def _suggestion(target: str, modules: Mapping[str, str]) -> str:
     return f"{did_you_mean(target, known)} Known: {', '.join(sorted(known))}"
 
 
-def linear_modules(model: CausalLM) -> dict[str, str]:
+def adaptable_modules(model: CausalLM) -> dict[str, str]:
     """Block type of every module that LoRA can adapt, by name."""
-    kinds = (Linear, GroupedLinear, LoRALayer)
+    kinds = (Linear, GroupedLinear, nn.Embedding, LoRALayer)
     return {
-        name: _block_type(name, model.linear_blocks)
+        name: "embeddings" if module is model.embeddings else _block_type(name, model.linear_blocks)
         for name, module in model.named_modules()
         if isinstance(module, kinds) and not name.endswith(".base")
     }
@@ -141,7 +157,7 @@ def linear_modules(model: CausalLM) -> dict[str, str]:
 def coverage(model: CausalLM) -> Coverage:
     """The table of what is adapted in `model`, after `apply_lora`; its shapes may be on the meta device."""
     rows = []
-    kinds = linear_modules(model)
+    kinds = adaptable_modules(model)
     for block_type in dict.fromkeys(kinds.values()):
         names = [name for name, kind in kinds.items() if kind == block_type]
         adapted = [module for module in map(model.get_submodule, names) if isinstance(module, LoRALayer)]
@@ -153,7 +169,7 @@ def coverage(model: CausalLM) -> Coverage:
 
 
 def _is_adapter(name: str) -> bool:
-    return name.endswith((".lora_A", ".lora_B", ".lora_magnitude_vector"))
+    return name.rpartition(".")[2].startswith("lora_")
 
 
 def _block_type(name: str, patterns: Mapping[str, str]) -> str:

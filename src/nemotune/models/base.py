@@ -53,7 +53,7 @@ class CausalLM(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def embeddings(self) -> nn.Embedding: ...
+    def embeddings(self) -> nn.Module: ...
 
     @property
     @abstractmethod
@@ -72,7 +72,7 @@ class CausalLM(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.embeddings.weight.device
+        return next(self.parameters()).device
 
     def forward(self, tokens_T: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states [T, D] after the final norm, in the compute dtype.

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from nemotune.errors import TrainingError
-from nemotune.lora import LoRAExperts, LoRALinear, lora_modules
+from nemotune.lora import LoRAEmbedding, LoRAExperts, lora_modules
+from nemotune.lora.layers import LoRALayer
 
 EXPERT_STEPS = 10  # steps over which each expert's gradient is watched
 SPIKE_FACTOR, SPIKE_MARGIN, SPIKE_WINDOW, SPIKES_TO_STOP = 2.0, 1.0, 32, 5
 
 
 class Liveness:
-    """Sees that every adapter tensor has a gradient: lora_B (and DoRA's magnitudes) from the first backward, lora_A from the first with a non-zero B.
+    """Sees that every adapter tensor has a gradient: the one that begins at zero from the first backward, the other as soon as that one is not.
 
+    lora_B begins at zero, of embeddings their A; DoRA's magnitudes have a gradient from the first backward too.
     Of experts, each one that received gradient must pass it on, which is judged over EXPERT_STEPS steps, or those of a shorter run;
     those that received none are listed.
     """
@@ -36,7 +38,7 @@ class Liveness:
         """Call after each backward and before the update. Raises TrainingError naming the module."""
         if self.steps >= EXPERT_STEPS:
             return
-        dead = [problem for name, layer in self.layers.items() if isinstance(layer, LoRALinear) for problem in self._dead(name, layer)]
+        dead = [problem for name, layer in self.layers.items() if not isinstance(layer, LoRAExperts) for problem in self._dead(name, layer)]
         if dead:
             raise TrainingError(
                 f"{len(dead)} adapter tensors have no gradient, first {dead[0]}; the module's weight is used without calling the module, "
@@ -70,9 +72,12 @@ class Liveness:
         """Experts that no gradient reached while watched, counted by module: they keep the base's behaviour."""
         return {name: int((~seen).sum()) for (name, which), seen in self.received.items() if which == "lora_B" and not seen.all()}
 
-    def _dead(self, name: str, layer: LoRALinear) -> list[str]:
+    def _dead(self, name: str, layer: LoRALayer) -> list[str]:
         checked = dict(layer.named_parameters(recurse=False))
-        if not layer.lora_B.any():
+        if isinstance(layer, LoRAEmbedding):
+            if not _saw_moved_tokens(layer):
+                del checked["lora_embedding_B"]
+        elif not layer.lora_B.any():
             del checked["lora_A"]
         return [f"{name}.{which}" for which, parameter in checked.items() if parameter.grad is None or not parameter.grad.any()]
 
@@ -91,6 +96,12 @@ class Liveness:
             output.register_hook(after_backward)
 
         return after_forward
+
+
+def _saw_moved_tokens(layer: LoRAEmbedding) -> bool:
+    """Whether a gradient came to a token whose column of A is not zero."""
+    A_RV = layer.lora_embedding_A
+    return A_RV.grad is not None and bool((A_RV.grad.any(0) & A_RV.any(0)).any())
 
 
 def _any_per_expert(values: Tensor) -> Tensor:

@@ -53,11 +53,6 @@ def test_every_unmatched_target_is_told_with_a_suggestion(tmp_path):
         names(tmp_path, "hybrid", ("q_porj", "experst"))
 
 
-def test_embeddings_are_refused_until_they_are_built(tmp_path):
-    with pytest.raises(UnsupportedError, match="embeddings"):
-        names(tmp_path, "hybrid", ("embeddings",))
-
-
 def test_coverage_counts_what_trains(hybrid_dir):
     model = load_model(hybrid_dir)
     base = sum(p.numel() for p in model.parameters())
@@ -115,7 +110,7 @@ def test_every_key_of_a_pattern_that_decides_nothing_is_told(hybrid_dir, pattern
 
 def test_dora_on_experts_is_refused_in_one_sentence_with_what_to_use(hybrid_dir, tmp_path):
     with pytest.raises(
-        UnsupportedError, match=r"^lora\.dora: DoRA is for linear layers, not for experts; use lora\.targets=\[(.*)\], or"
+        UnsupportedError, match=r"^lora\.dora: DoRA is for linear layers, not for experts or embeddings; use lora\.targets=\[(.*)\], or"
     ) as error:
         apply_lora(load_model(hybrid_dir), Lora(rank=2, dora=True))
     told = tuple(re.search(r"\[(.*)\]", str(error.value))[1].split(", "))

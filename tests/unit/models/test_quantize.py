@@ -7,7 +7,7 @@ import random_models
 import torch
 
 from nemotune.lora import apply_lora, lora_modules
-from nemotune.lora.targets import linear_modules
+from nemotune.lora.targets import adaptable_modules
 from nemotune.models import load_model
 from nemotune.models.layers import GroupedLinear, Linear
 from nemotune.models.quantize import NF4GroupedLinear, NF4Linear
@@ -59,7 +59,7 @@ def test_adapters_get_the_gradient_of_the_widened_weights(directory):
 
 def test_adapters_over_four_bits_are_alive_out_proj_and_experts_included(directory):
     model = load_model(directory, quantization="nf4")
-    targets = {"attention", "mamba", "mlp", "shared_experts", "experts", "latent"} & set(linear_modules(model).values())
+    targets = {"attention", "mamba", "mlp", "shared_experts", "experts", "latent"} & set(adaptable_modules(model).values())
     apply_lora(model, Lora(rank=8, targets=tuple(sorted(targets))))
     model(TOKENS, BORDERS).float().square().sum().backward()
     adapted = dict(lora_modules(model))

@@ -102,6 +102,43 @@ def test_a_dead_magnitude_stops_the_run(hybrid_dir):
         watched((model, keys), Liveness(model), steps=1)
 
 
+def embedded(hybrid_dir):
+    model = load_model(hybrid_dir, dtype="float32").train()
+    return model, apply_lora(model, Lora(rank=4, targets=("embeddings", "attention")))
+
+
+def test_of_embeddings_a_is_alive_from_the_first_backward_and_b_once_a_has_moved(hybrid_dir):
+    model, keys = embedded(hybrid_dir)
+    layer = model.embeddings
+    watched((model, keys), Liveness(model), steps=1)
+    assert layer.lora_embedding_A.grad.any() and not layer.lora_embedding_B.grad.any()
+    with torch.no_grad():
+        layer.lora_embedding_A.sub_(layer.lora_embedding_A.grad)
+    watched((model, keys), Liveness(model), steps=1)
+    assert layer.lora_embedding_B.grad.any()
+
+
+def test_tokens_that_have_not_moved_yet_give_b_no_gradient_and_that_is_no_error(hybrid_dir):
+    model, keys = embedded(hybrid_dir)
+    liveness = Liveness(model)
+    watched((model, keys), liveness, steps=1)
+    unseen = ~model.embeddings.lora_embedding_A.grad.any(0)
+    with torch.no_grad():
+        model.embeddings.lora_embedding_A.copy_(unseen)
+    watched((model, keys), liveness, steps=1)
+    assert unseen.any() and not model.embeddings.lora_embedding_B.grad.any()
+
+
+@pytest.mark.parametrize("dead", ["lora_embedding_A", "lora_embedding_B"])
+def test_dead_embeddings_stop_the_run(hybrid_dir, dead):
+    model, keys = embedded(hybrid_dir)
+    with torch.no_grad():
+        model.embeddings.lora_embedding_A.normal_(0, 0.1)
+    getattr(model.embeddings, dead).register_hook(torch.zeros_like)
+    with pytest.raises(TrainingError, match=rf"1 adapter tensors .*backbone\.embeddings\.{dead};"):
+        watched((model, keys), Liveness(model), steps=1)
+
+
 def test_an_expert_that_receives_gradient_and_passes_none_on_stops_the_run(adapted):
     name, victim = first_experts(adapted[0])
     victim.lora_B.register_hook(lambda gradient: gradient * torch.arange(6.0).clamp(max=1)[:, None, None])  # expert 0 is dead
