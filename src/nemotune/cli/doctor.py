@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,8 +19,14 @@ COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 def doctor(
     model_dir: Annotated[str | None, typer.Argument(metavar="MODEL_DIR", help="A model directory to check as well.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, to paste into a bug report.")] = False,
+    repair: Annotated[
+        Path | None, typer.Option("--repair", metavar="OUT", help="Write the model to OUT, rows near zero set to the mean of the others.")
+    ] = None,
 ) -> None:
     """Show machine and packages, and what is missing; check a model."""
+    if repair is not None:
+        _repair(model_dir, repair)
+        return
     import json
 
     from nemotune.plan import environment
@@ -33,6 +40,29 @@ def doctor(
         _print(found, checks, model_dir)
     if _errors(checks):
         raise typer.Exit(2)
+
+
+def _repair(model_dir: str | None, target: Path) -> None:
+    from nemotune.data.progress import progress
+    from nemotune.errors import ConflictError, RecipeError
+    from nemotune.export import untrained_rows
+    from nemotune.plan.model_directory import model_directory
+
+    if model_dir is None:
+        raise RecipeError("--repair: needs a model to repair: nemotune doctor MODEL_DIR --repair OUT")
+    if target.exists():
+        raise ConflictError(f"--repair: {target} already exists; name a directory that does not")
+    with progress("reading embeddings") as advance:
+        found = untrained_rows.repair(model_directory(model_dir), target, done=advance)
+    if not found:
+        typer.echo(f"no row of embeddings or head is near zero; nothing was written. Next: nemotune doctor {model_dir}")
+        return
+    for kind, table in found.items():
+        typer.echo(
+            f"{kind}: {len(table.near_zero):,} rows near zero are now the mean of the other {len(table.rms_V) - len(table.near_zero):,}"
+        )
+    typer.echo("Tokens of such rows now begin alike: train the embeddings too, with lora.targets=[..., embeddings] or method: full")
+    typer.echo(f"wrote {target}. Next: nemotune doctor {target}")
 
 
 def _errors(checks: list[Check]) -> list[Check]:

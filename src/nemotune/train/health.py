@@ -120,7 +120,7 @@ def require_finite(loss: float, grad_norm: float, parameters: dict[str, nn.Param
     where = f"the first non-finite gradient is that of {bad[0]} ({len(bad)} in all)" if bad else "all gradients are finite"
     raise TrainingError(
         f"step {step}: loss {loss}, gradient norm {grad_norm}; {where}. Nothing was updated. Lower train.learning_rate, use model.dtype=float32, "
-        "or look for rows of near-zero embeddings in the base"
+        "or look for near-zero rows of embeddings in the base: nemotune doctor MODEL_DIR"
     )
 
 

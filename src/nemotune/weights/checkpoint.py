@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -69,6 +70,20 @@ class Checkpoint:
             return self._shard(info.file).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(_unreadable(self.directory / info.file, error)) from error
+
+    def slices(self, name: str, num_rows: int) -> Iterator[torch.Tensor]:
+        """The tensor called `name`, so many of its rows at a time: only those are in memory."""
+        info = self.tensors[name]
+        try:
+            whole = self._shard(info.file).get_slice(name)
+            for start in range(0, info.shape[0], num_rows):
+                yield whole[start : start + num_rows]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(_unreadable(self.directory / info.file, error)) from error
+
+    def close(self) -> None:
+        """Let go of the shard that was read last: its pages count as the process's own. A later `read` opens it again."""
+        self._shard.cache_clear()
 
     def _open(self, file: str) -> Any:
         return safe_open(self.directory / file, "pt")

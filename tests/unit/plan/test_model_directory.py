@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from nemotune.weights import Checkpoint
 
 TINY = assets.resolve("nemotron-tiny")
 VOCABULARY = json.loads((TINY / "config.json").read_text())["vocab_size"]
-NAMES = ["config", "weights", "tokenizer", "template", "stop tokens", "generation"]
+NAMES = ["config", "weights", "tokenizer", "embeddings", "head", "template", "stop tokens", "generation"]
+TABLES = ["backbone.embeddings.weight", "lm_head.weight"]
 
 
 @pytest.fixture
@@ -50,10 +52,14 @@ def edit_weights(directory, edit):
 
 def test_a_whole_model_passes_every_check(directory, monkeypatch):
     monkeypatch.setattr(Checkpoint, "read", lambda self, name: pytest.fail(f"{name} was loaded"))
+    read, slices = [], Checkpoint.slices
+    monkeypatch.setattr(Checkpoint, "slices", lambda self, name, num_rows: read.append(name) or slices(self, name, num_rows))
     assert statuses(directory) == dict.fromkeys(NAMES, "ok")
+    assert read == TABLES, "no other tensor, and these some rows at a time"
     assert statuses("nemotron-tiny") == dict.fromkeys(NAMES, "ok")
     assert found(directory, "config") == f"ok: nemotron_h, 6 layers, vocabulary of {VOCABULARY:,}"
     assert found(directory, "stop tokens") == "ok: </s> (2), <|im_end|> (11)"
+    assert re.fullmatch(rf"ok: {VOCABULARY:,} rows, the median's RMS [\d.]+, none of a token near zero", found(directory, "embeddings"))
 
 
 def test_what_is_no_directory_is_named():
@@ -147,6 +153,71 @@ def test_templates_are_tried_with_tools_and_without(directory):
 def test_stop_tokens_have_to_be_tokens(directory):
     edit_json(directory / "config.json", eos_token_id=[2, 5000])
     assert "eos_token_id [5000] is no token of the tokenizer" in found(directory, "stop tokens")
+
+
+def id_of(directory, token):
+    return next(
+        entry["id"] for entry in json.loads((directory / "tokenizer.json").read_text())["added_tokens"] if entry["content"] == token
+    )
+
+
+def zero(*ids, table="backbone.embeddings.weight"):
+    def edit(tensors):
+        tensors[table][list(ids)] = 0
+
+    return edit
+
+
+def test_rows_near_zero_are_named_by_their_tokens_with_those_of_chats_and_what_to_do(directory):
+    chats = [id_of(directory, token) for token in ("<|im_start|>", "<|im_end|>", "<tool_call>")]
+    edit_weights(directory, zero(*chats, 700))
+    told = found(directory, "embeddings")
+    assert told.startswith(f"warning: {VOCABULARY:,} rows, ") and ", 4 near zero (under 0.001 of that): " in told
+    assert f"<|im_start|> ({chats[0]}), <|im_end|> ({chats[1]})" in told and " (700); " in told
+    assert "tokens of chats are among them: <|im_start|>, <|im_end|>, <tool_call>. " in told
+    assert f"nemotune doctor {directory} --repair OUT" in told
+    assert statuses(directory) == {**dict.fromkeys(NAMES, "ok"), "embeddings": "warning"}
+
+
+def test_ten_tokens_are_named_and_the_others_counted(directory):
+    edit_weights(directory, zero(*range(700, 713), table="lm_head.weight"))
+    told = found(directory, "head")
+    assert (
+        " 13 near zero " in told
+        and "(700), " in told
+        and "(709) and 3 more; no token of chats is among them. " in told
+        and "710" not in told
+    )
+    assert statuses(directory) == {**dict.fromkeys(NAMES, "ok"), "head": "warning"}
+
+
+def test_rows_of_no_token_are_no_matter(directory):
+    def pad(tensors):
+        for name in TABLES:
+            tensors[name] = torch.cat([tensors[name], torch.zeros(8, 256, dtype=tensors[name].dtype)])
+
+    edit_weights(directory, pad)
+    edit_json(directory / "config.json", vocab_size=VOCABULARY + 8)
+    assert statuses(directory) == dict.fromkeys(NAMES, "ok")
+
+
+def test_doctor_repairs_into_a_new_directory(directory, tmp_path):
+    edit_weights(directory, zero(5, 6))
+    code, output = doctor(directory, "--repair", tmp_path / "out")
+    assert code == 0 and f"embeddings: 2 rows near zero are now the mean of the other {VOCABULARY - 2:,}" in output
+    assert output.splitlines()[-1] == f"wrote {tmp_path / 'out'}. Next: nemotune doctor {tmp_path / 'out'}"
+    assert statuses(tmp_path / "out") == dict.fromkeys(NAMES, "ok")
+    code, output = doctor(tmp_path / "out", "--repair", tmp_path / "again")
+    assert code == 0 and "nothing was written" in output and not (tmp_path / "again").exists()
+
+
+def test_a_repair_needs_a_model_and_a_name_that_is_free(directory, tmp_path):
+    def refused(*words):
+        return str(CliRunner().invoke(app, ["doctor", *map(str, words)]).exception)
+
+    assert refused("--repair", tmp_path / "out").startswith("--repair: needs a model to repair: nemotune doctor MODEL_DIR --repair OUT")
+    assert refused(directory, "--repair", tmp_path) == f"--repair: {tmp_path} already exists; name a directory that does not"
+    assert refused("nowhere", "--repair", tmp_path / "out").startswith("MODEL_DIR: 'nowhere' is no directory")
 
 
 def test_generation_settings_name_every_stop_token(directory):
