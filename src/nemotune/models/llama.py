@@ -28,6 +28,7 @@ class Llama(CausalLM):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        self._frequencies: Tensor | None = None  # no buffer: casts of the model leave it fp32, and no checkpoint has it
 
     @property
     def embeddings(self) -> nn.Embedding:
@@ -42,8 +43,10 @@ class Llama(CausalLM):
         return self.model.norm
 
     def rope(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        return rotary(positions_T, frequencies.to(positions_T.device))
+        if self._frequencies is None or self._frequencies.device != positions_T.device:  # computed on the CPU, copied once
+            frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+            self._frequencies = frequencies.to(positions_T.device)
+        return rotary(positions_T, self._frequencies)
 
     def new_layer_state(self, index: int, batch_size: int, max_length: int) -> KVState:
         c = self.config

@@ -6,7 +6,7 @@ import pytest
 import torch
 from random_models import make
 
-from nemotune.models import load_model, parse_config
+from nemotune.models import llama, load_model, parse_config
 from nemotune.models.base import Head
 from nemotune.models.initialize import initialize
 from nemotune.models.loading import build_model
@@ -41,6 +41,23 @@ def test_softplus_of_dt_and_the_decay_are_fp32(tmp_path):
 def test_dt_is_clamped_by_the_configs_limit(tmp_path):
     _, seen = scan_inputs(tmp_path, limits=(0.6, 0.65))
     assert seen["dt"].min() == torch.tensor(0.6) and seen["dt"].max() == torch.tensor(0.65)
+
+
+def test_rotary_frequencies_are_fp32_after_a_cast_computed_once_and_no_part_of_the_state(tmp_path, monkeypatch):
+    make("llama").save_pretrained(tmp_path / "hf")
+    model = load_model(tmp_path / "hf", dtype="float32")
+    computed = []
+    monkeypatch.setattr(llama, "rope_frequencies", lambda *settings: computed.append(settings) or rope_frequencies(*settings))
+    tokens, borders, positions = torch.arange(5), torch.tensor([0, 5], dtype=torch.int32), torch.arange(5000, 5005)
+    model(tokens, borders)
+    before = model.rope(positions)
+    model.to(torch.bfloat16).compute_dtype = torch.bfloat16
+    model(tokens, borders)
+    assert all(torch.equal(*both) for both in zip(before, model.rope(positions), strict=True)) and before[0].dtype == torch.float32
+    assert len(computed) == 1
+    assert model.rope(positions.to("meta"))[0].is_meta and len(computed) == 2, "again where the model moves"
+    assert torch.equal(model.rope(positions)[0], before[0])
+    assert [name for name in (*model.state_dict(), *dict(model.named_buffers())) if "freq" in name] == []
 
 
 def test_router_scores_are_fp32_whatever_the_input():
