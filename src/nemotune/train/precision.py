@@ -1,6 +1,7 @@
 """Before step 1: is every number held as promised? What is trained, what stays fp32, the router, the optimiser's moments.
 
-It looks at the very tensors and modules of the run, whatever made them. That the operators compute as they say is tested in tests/.
+It looks at the very tensors and modules of the run, whatever made them, and lets each router choose for tokens whose scores bf16 would
+round. That the other operators compute as they say is tested in tests/.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ from nemotune.models.quantize import quantized_parameters
 from nemotune.recipe import Recipe
 
 SHOWN = 8
+PROBES, PROBE_LOGIT = 8, 1 + 2**-8  # tokens, and a logit half-way between two numbers of bf16: rounded, its score moves by a thousandth
+SCORE_ERROR = 1e-4  # fp32 sums of some thousand terms err by 1e-6
 
 
 def audit_precision(model: CausalLM, optimizer: Optimizer, recipe: Recipe) -> str:
     """A line that says what is held in which precision. Raises TrainingError naming everything that is not as promised."""
     routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-    problems = [*_trained(model), *_always_fp32(model), *_routers(routers, recipe), *_optimizer(model, optimizer, recipe)]
+    problems = [
+        *_trained(model),
+        *_always_fp32(model),
+        *_routers(routers, recipe, model.compute_dtype),
+        *_optimizer(model, optimizer, recipe),
+    ]
     if problems:
         more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise TrainingError(
@@ -47,15 +55,31 @@ def _always_fp32(model: CausalLM) -> Iterator[str]:
 
 
 @torch.no_grad()
-def _routers(routers: dict[str, Router], recipe: Recipe) -> Iterator[str]:
+def _routers(routers: dict[str, Router], recipe: Recipe, compute_dtype: torch.dtype) -> Iterator[str]:
     for name, router in routers.items():
         if router.e_score_correction_bias.requires_grad:
             yield f"{name}.e_score_correction_bias: has a gradient, expected frozen"
         if recipe.method == "lora":
             yield from (f"{name}.{which}: trained, expected frozen under LoRA" for which, p in router.named_parameters() if p.requires_grad)
-        dtype = router(router.weight[:1]).weights_TK.dtype  # a token to see the product in; its value does not matter
-        if dtype != torch.float32:
-            yield f"{name}: computes in {_named(dtype)}, expected float32"
+        yield from (f"{name}: {problem}, expected float32" for problem in _narrow_product(router, compute_dtype))
+
+
+def _narrow_product(router: Router, compute_dtype: torch.dtype) -> Iterator[str]:
+    """What tells that the router computes in less than fp32: the dtype of its weights, or their distance from those of an fp64 product."""
+    c, weight_ED = router.config, router.weight.double()
+    own_TD = weight_ED[:PROBES]  # tokens along an expert's weight each, as long as makes their logit for it PROBE_LOGIT
+    squares_T1 = own_TD.square().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    x_TD = (own_TD * PROBE_LOGIT / squares_T1).to(compute_dtype)
+    routing = router(x_TD)
+    if routing.weights_TK.dtype != torch.float32:
+        yield f"computes in {_named(routing.weights_TK.dtype)}"
+        return
+    exact_TK = (x_TD.double() @ weight_ED.T).sigmoid().gather(1, routing.experts_TK)
+    if c.norm_topk_prob:
+        exact_TK /= exact_TK.sum(-1, keepdim=True)
+    error = float((routing.weights_TK / (exact_TK * c.routed_scaling_factor) - 1).abs().max())
+    if not error <= SCORE_ERROR:
+        yield f"scores are {error:.1e} off (as of a product in fewer bits)"
 
 
 def _optimizer(model: CausalLM, optimizer: Optimizer, recipe: Recipe) -> Iterator[str]:

@@ -15,11 +15,13 @@ from toy_loop import interrupted_at
 
 from nemotune.errors import TrainingError
 from nemotune.lora import apply_lora
-from nemotune.models import load_model
+from nemotune.models import load_model, parse_config
+from nemotune.models.nemotron_h import Router
+from nemotune.ops import experts
 from nemotune.recipe import load
 from nemotune.train import run
 from nemotune.train.optim import make_optimizer
-from nemotune.train.precision import audit_precision
+from nemotune.train.precision import _narrow_product, audit_precision
 
 ROUTER = "backbone.layers.1.mixer.gate"
 
@@ -112,6 +114,45 @@ def test_each_violation_stops_the_run_by_name(adapted, change, told):
     with pytest.raises(TrainingError) as caught:
         audit(adapted)
     assert [line.strip().partition(" (")[0] for line in str(caught.value).splitlines()[1:-1]] == [told]
+
+
+ROUTERS = ("hybrid", "latent", "grouped_router", "unnormalised_router")
+
+
+@pytest.mark.parametrize("variant", ROUTERS)
+@pytest.mark.parametrize("dtype, full", [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_a_router_whose_product_is_bf16_is_found_although_its_scores_are_fp32(variant, dtype, full, tmp_path, monkeypatch):
+    make(variant).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=dtype, trainable=full)
+    settings = ("method=full", "export.merged=false") if full else ()
+    if not full:
+        apply_lora(model, load("quickstart", ["lora.rank=2"]).lora)
+    audit(model, *settings)
+    linear = experts.F.linear
+    monkeypatch.setattr(experts.F, "linear", lambda x, weight: linear(x.bfloat16(), weight.bfloat16()).float())
+    with pytest.raises(TrainingError) as caught:
+        audit(model, *settings)
+    told = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
+    routers = [name for name, module in model.named_modules() if isinstance(module, Router)]
+    assert len(told) == len(routers) > 0
+    assert all(
+        re.fullmatch(rf"{name}: scores are \d\.\de-0[34] off .*, expected float32", line) for name, line in zip(routers, told, strict=True)
+    )
+
+
+@pytest.mark.parametrize("width, num_experts", [(2688, 128), (4096, 512)])
+def test_a_router_of_published_width_passes(width, num_experts):
+    """The widest sums: Nemotron 3 Nano and Super."""
+    config = parse_config({
+        "model_type": "nemotron_h", "vocab_size": 8, "hidden_size": width, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "hybrid_override_pattern": "E", "n_routed_experts": num_experts, "num_experts_per_tok": 6, "moe_intermediate_size": 8,
+        "moe_shared_expert_intermediate_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2,
+    })  # fmt: skip
+    router = Router(config)
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.nn.init.normal_(router.weight, std=0.02, generator=torch.Generator().manual_seed(1))
+        router.to(dtype).e_score_correction_bias.zero_()
+        assert list(_narrow_product(router, dtype)) == []
 
 
 def test_autocast_around_the_run_is_found(adapted):
