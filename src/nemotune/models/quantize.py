@@ -89,5 +89,10 @@ def quantized_parameters(model: CausalLM) -> int:
     return sum(math.prod(module.shape) for module in model.modules() if isinstance(module, _Quantized))
 
 
+def widest_weight(module: nn.Module) -> int:
+    """The weights of the largest matrix or stack in `module` that is NF4; 0 where none is."""
+    return max((math.prod(part.shape) for part in module.modules() if isinstance(part, _Quantized)), default=0)
+
+
 def _fits(module: nn.Module) -> bool:
     return isinstance(module, Linear | GroupedLinear) and module.in_features * module.out_features % BLOCK == 0

@@ -5,6 +5,7 @@ Router: sigmoid scores, a correction bias that only chooses, group-limited top-k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +165,27 @@ class _GroupedLinear(torch.autograd.Function):
         grad_weight = F.grouped_mm(grad_MO.T, x_MI, offs=ends_E)
         empty_E = ends_E == F.pad(ends_E[:-1], (1, 0))  # Blackwell's kernel leaves what was there (pytorch issue 172439)
         return grad_x, grad_weight.masked_fill_(empty_E[:, None, None], 0), None
+
+
+def frozen_grouped_linear(x_MI: Tensor, ends_E: Tensor, weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """`grouped_linear` over frozen weights that are asked for where they are used, in the forward and again in the backward: none is kept.
+
+    `weights(rows, ends)` gives [E, O, I] in the dtype of the rows, and where the rows of each of them end.
+    """
+    return _FrozenGroupedLinear.apply(x_MI, ends_E, weights)  # type: ignore[no-any-return]
+
+
+class _FrozenGroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MI: Tensor, ends_E: Tensor, weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        ctx.weights = weights
+        ctx.save_for_backward(ends_E)
+        return grouped_linear(x_MI, *weights(x_MI, ends_E))
+
+    @staticmethod
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        weight_EOI, ends_E = ctx.weights(grad_MO, *ctx.saved_tensors)
+        return grouped_linear(grad_MO.contiguous(), weight_EOI.transpose(1, 2), ends_E), None, None
 
 
 def experts_ref(x_TD: Tensor, up_EFD: Tensor, down_EDF: Tensor, routing: Routing) -> Tensor:

@@ -1,6 +1,6 @@
 """What a recipe trains and holds, computed from the model's real config on the meta device: exact counts, no weights read.
 
-Memory of activations is not part of it: it depends on the batch's lengths, and an arithmetic guess would look like a measurement.
+What the activations of a step take is no count but an estimate, kept apart from the rest: its formula is in `activations.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from nemotune.lora import Coverage, apply_lora, coverage
 from nemotune.models import CausalLM, build_model, locate, read_config
 from nemotune.models.quantize import quantize_modules
+from nemotune.plan.activations import Activations
 from nemotune.recipe import Recipe
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # two moments per trained parameter (8-bit: plus 4 bytes per block of 256)
@@ -22,34 +23,51 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # two moments per trained param
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of weights as held (frozen ones in model.dtype, trained ones fp32), gradients and optimiser state; parameter counts."""
+    """Bytes of weights as held (frozen ones in model.dtype, trained ones fp32), gradients and optimiser state; parameter counts.
+
+    `activation_bytes` estimates what a step's micro batch of `tokens` takes on top, at its peak.
+    """
 
     coverage: Coverage
     trained_parameters: int
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    activation_bytes: int
+    tokens: int
 
     @property
     def total_bytes(self) -> int:
+        """Without activations."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
+    @property
+    def peak_bytes(self) -> int:
+        return self.total_bytes + self.activation_bytes
 
-def estimate(recipe: Recipe) -> Cost:
-    """The cost of `recipe`. Needs config.json alone; raises RecipeError for LoRA targets that match nothing."""
+
+def estimate(recipe: Recipe, *, device: str = "cuda") -> Cost:
+    """The cost of `recipe` on a GPU, or on the CPU. Needs config.json alone; raises RecipeError for LoRA targets that match nothing."""
     model = build_model(read_config(locate(recipe.model.path, recipe.model.revision, weights=False)))
     if recipe.model.quantization == "nf4":
         quantize_modules(model, device="meta")
     model.requires_grad_(recipe.method != "lora")
     if recipe.method == "lora":
         apply_lora(model, recipe.lora)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained, covered = sum(p.numel() for p in model.parameters() if p.requires_grad), coverage(model)
+    tokens = recipe.train.micro_batch_size * recipe.data.sequence_length
+    activations = Activations(
+        model, trained=frozenset(row.block_type for row in covered.rows if row.adapted or recipe.method != "lora"),
+        mode=recipe.train.activation_checkpointing, width=_width(recipe), device=device,
+    )  # fmt: skip
     return Cost(
-        coverage=coverage(model),
+        coverage=covered,
         trained_parameters=trained,
         weight_bytes=sum(_held_bytes(name, tensor, model, recipe) for name, tensor in held_tensors(model)),
         gradient_bytes=trained * 4,
         optimizer_bytes=trained * OPTIMIZER_BYTES[recipe.train.optimizer],
+        activation_bytes=activations.peak_bytes(tokens),
+        tokens=tokens,
     )
 
 
@@ -63,7 +81,11 @@ def _held_bytes(name: str, tensor: Tensor, model: CausalLM, recipe: Recipe) -> i
     """As loading holds it: what is trained and what the family asks for in fp32, NF4 as it is, the rest in model.dtype."""
     if tensor.requires_grad or model.stays_fp32(name) or ".nf4_" in name:
         return tensor.numel() * tensor.element_size()
-    return tensor.numel() * (2 if recipe.model.dtype == "bfloat16" else 4)
+    return tensor.numel() * _width(recipe)
+
+
+def _width(recipe: Recipe) -> int:
+    return 2 if recipe.model.dtype == "bfloat16" else 4
 
 
 def cost_line(cost: Cost) -> str:
@@ -74,7 +96,11 @@ def cost_line(cost: Cost) -> str:
         "optimiser": cost.optimizer_bytes,
         "together": cost.total_bytes,
     }
-    return "Memory before activations: " + ", ".join(f"{what} {decimal(size, precision=1)}" for what, size in parts.items())
+    held = ", ".join(f"{what} {decimal(size, precision=1)}" for what, size in parts.items())
+    return (
+        f"Memory before activations: {held}\nA step of up to {cost.tokens:,} tokens at a time takes an estimated "
+        f"{decimal(cost.activation_bytes, precision=1)} more on a GPU: {decimal(cost.peak_bytes, precision=1)} at its peak"
+    )
 
 
 def coverage_table(covered: Coverage) -> Table:

@@ -1,6 +1,6 @@
 """Activation checkpointing: what the forward of a block keeps for the backward, against computing it again.
 
-`none` keeps everything; `selective` keeps the outputs of matrix products and computes norms, activations and convolutions again;
+`none` keeps everything; `selective` keeps the outputs of a block's own matrix products and of attention, and computes the rest again;
 `full` keeps only the input of each block.
 """
 
@@ -17,8 +17,9 @@ from nemotune.models import CausalLM
 from nemotune.models.base import run_plainly
 
 aten = torch.ops.aten
+PRODUCTS = {aten.mm.default: 2, aten.addmm.default: 3, aten._grouped_mm.default: 2}  # with the place after their factors
+FEW = 16  # a product over so many times fewer values than it has columns is cheap: the B of an adapter, whose result is as wide as the layer's
 KEPT = {
-    aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default,
     aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
 }  # fmt: skip
@@ -42,4 +43,7 @@ def _full(block: nn.Module, *args: Any, **options: Any) -> Tensor:
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     kept = operator in KEPT or operator.name() == "torch_attn::_varlen_attn"  # by name: it exists once attention on CUDA has run
+    if operator in PRODUCTS:
+        *_, left, right = args[: PRODUCTS[operator]]
+        kept = FEW * left.shape[-1] > right.shape[-1]
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

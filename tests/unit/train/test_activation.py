@@ -12,10 +12,12 @@ from nemotune.recipe import Lora
 from nemotune.train.activation import _keep_products, set_activation_checkpointing
 
 
-def test_flash_attention_is_kept_and_elementwise_work_is_not():
+def test_products_and_flash_attention_are_kept_and_cheap_work_is_not():
     flash_attention()
     assert _keep_products(None, torch.ops.torch_attn._varlen_attn.default) == CheckpointPolicy.MUST_SAVE
-    assert _keep_products(None, torch.ops.aten.mm.default) == CheckpointPolicy.MUST_SAVE
+    wide, narrow = torch.empty(8, 64), torch.empty(8, 2)
+    assert _keep_products(None, torch.ops.aten.mm.default, wide, torch.empty(64, 96)) == CheckpointPolicy.MUST_SAVE
+    assert _keep_products(None, torch.ops.aten.addmm.default, wide, narrow, torch.empty(2, 64)) == CheckpointPolicy.PREFER_RECOMPUTE
     assert _keep_products(None, torch.ops.aten.silu.default) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
