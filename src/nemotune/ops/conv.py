@@ -2,32 +2,78 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemotune.ops.documents import Documents
-from nemotune.ops.recompute import recomputed
+
+AT_ONCE = 2**18  # values: 1 MB in fp32, what a core's cache holds
 
 
 def causal_conv1d(x_TC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, documents: Documents) -> Tensor:
-    """`y[t] = silu(bias + sum_j weight[W - 1 - j] x[t - j])`, x being zero before its document begins. Returns [T, C].
+    """`y[t] = silu(bias + sum_i weight[i] x[t - (W - 1) + i])`, x being zero before its document begins. Returns [T, C].
 
-    One convolution over the row with W - 1 zeros put before each document.
+    Sums in fp32, rounded once; a stretch of a document at a time, whose sum the backward computes again: only the inputs are kept.
     """
-    inputs = (x_TC, weight_CW) if bias_C is None else (x_TC, weight_CW, bias_C)
-    return recomputed(partial(_spaced_conv1d, documents=documents), *inputs)
+    return _CausalConv.apply(x_TC, weight_CW, bias_C, documents.chunks(max(1, AT_ONCE // x_TC.shape[1])))
 
 
-def _spaced_conv1d(x_TC: Tensor, weight_CW: Tensor, bias_C: Tensor | None = None, *, documents: Documents) -> Tensor:
-    gap = weight_CW.shape[1] - 1
-    slots_T = torch.arange(x_TC.shape[0], device=x_TC.device) + (documents.indices_T + 1) * gap
-    spaced = x_TC.new_zeros(x_TC.shape[0] + len(documents.lengths) * gap, x_TC.shape[1]).index_copy(0, slots_T, x_TC)
-    bias_C = None if bias_C is None else bias_C.to(x_TC.dtype)
-    y_CT = F.conv1d(spaced.T.unsqueeze(0), weight_CW.to(x_TC.dtype).unsqueeze(1), bias_C, groups=x_TC.shape[1])[0]
-    return F.silu(y_CT.T.index_select(0, slots_T - gap))
+class _CausalConv(torch.autograd.Function):
+    """`chunks`: of each document, the rows of its stretches."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_CW: Tensor, bias_C: Tensor | None, chunks: list[list[slice]]) -> Tensor:
+        ctx.save_for_backward(x, weight_CW, bias_C)
+        ctx.chunks = chunks
+        taps_WC = weight_CW.T.float().contiguous()
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for of_document in chunks:
+            for rows in of_document:
+                y[rows] = F.silu(_slide(_window(x, rows, of_document[0].start, len(taps_WC)), taps_WC, bias_C))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight_CW, bias_C = ctx.saved_tensors
+        taps_WC = weight_CW.T.float().contiguous()
+        width, reversed_taps_WC = len(taps_WC), taps_WC.flip(0)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dtaps_WC, dbias_C = torch.zeros_like(taps_WC), taps_WC.new_zeros(len(weight_CW))
+        for of_document in ctx.chunks:
+            later = taps_WC.new_zeros(width - 1, len(weight_CW))  # nothing comes after the document
+            for rows in reversed(of_document):
+                window = _window(x, rows, of_document[0].start, width)
+                dsum = torch.ops.aten.silu_backward(dy[rows].float(), _slide(window, taps_WC, bias_C))
+                if ctx.needs_input_grad[1]:
+                    dtaps_WC += torch.stack([(tap * dsum).sum(0) for tap in _shifted(window, width)])
+                    dbias_C += dsum.sum(0)
+                dsum = torch.cat([dsum, later])
+                dx[rows] = _slide(dsum, reversed_taps_WC, None)
+                later = dsum[: width - 1]
+        return dx, dtaps_WC.T.to(weight_CW.dtype), None if bias_C is None else dbias_C.to(bias_C.dtype), None
+
+
+def _window(x_TC: Tensor, rows: slice, start: int, width: int) -> Tensor:
+    """These rows of a document that begins at `start`, and the `width - 1` before them, zeros where there are none; fp32."""
+    first = max(start, rows.start - width + 1)
+    return F.pad(x_TC[first : rows.stop].float(), (0, 0, width - 1 - (rows.start - first), 0))
+
+
+def _shifted(window: Tensor, width: int) -> list[Tensor]:
+    """What each tap sees."""
+    return [window[i : len(window) - (width - 1) + i] for i in range(width)]
+
+
+def _slide(window: Tensor, taps_WC: Tensor, bias_C: Tensor | None) -> Tensor:
+    """`bias + sum_i taps[i] window[t + i]`."""
+    first, *others = _shifted(window, len(taps_WC))
+    total = first * taps_WC[0] if bias_C is None else torch.addcmul(bias_C.float(), first, taps_WC[0])
+    for tap, weight_C in zip(others, taps_WC[1:], strict=True):
+        total.addcmul_(tap, weight_C)
+    return total
 
 
 def causal_conv1d_ref(x_TC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, documents: Documents) -> Tensor:

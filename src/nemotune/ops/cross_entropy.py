@@ -32,7 +32,11 @@ def _loss(head: nn.Module, hidden: Tensor, rows: Tensor, targets: Tensor) -> Ten
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Loss and gradients chunk by chunk in the forward; the backward only scales them."""
+    """Loss and gradients chunk by chunk in the forward; the backward only scales them.
+
+    One buffer holds each chunk's fp32 logits, then its log-probabilities, then the gradient: blocks of this size, allocated anew, would
+    be paged in by the kernel every time.
+    """
 
     @staticmethod
     def forward(
@@ -40,18 +44,32 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         gradients = [torch.empty_like(hidden_ND), *(torch.zeros_like(p) for p in trained)]
+        buffer = None
         for start in range(0, len(targets_N), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             with torch.enable_grad():
                 hidden = hidden_ND[chunk].detach().requires_grad_()
-                loss = _loss(head, hidden, rows_N[chunk], targets_N[chunk])
-            gradients[0][chunk], *of_parameters = torch.autograd.grad(loss, [hidden, *trained])
+                logits = head(hidden, rows_N[chunk])
+            if buffer is None:
+                buffer = torch.empty_like(logits, dtype=torch.float32)
+            loss, gradient = _softmax_gradient(logits.detach(), targets_N[chunk], buffer[: len(logits)])
+            gradients[0][chunk], *of_parameters = torch.autograd.grad(logits, [hidden, *trained], gradient)
             for whole, part in zip(gradients[1:], of_parameters, strict=True):
                 whole += part
-            total += loss.detach()
+            total += loss
         ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return None, None, None, None, *((gradient * scale).to(gradient.dtype) for gradient in ctx.saved_tensors)
+
+
+def _softmax_gradient(logits_NV: Tensor, targets_N: Tensor, buffer_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss, and its gradient `softmax(logits) - onehot(target)`, which takes the place of the logits."""
+    log_p_NV = torch.log_softmax(buffer_NV.copy_(logits_NV), dim=-1, out=buffer_NV)
+    targets_N1 = targets_N.unsqueeze(-1)
+    loss = -log_p_NV.gather(1, targets_N1).sum()
+    p_NV = log_p_NV.exp_()
+    p_NV.scatter_add_(1, targets_N1, p_NV.new_full(targets_N1.shape, -1))
+    return loss, logits_NV.copy_(p_NV)

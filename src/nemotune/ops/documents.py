@@ -16,14 +16,12 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """A stretch of the row in chunks of at most `size` tokens, none of which crosses a border; each is padded to `size`."""
+class ChunkBorders:
+    """Where the chunks of a row lie, for kernels: tensors on its device, int32."""
 
-    size: int
-    tokens: slice  # the stretch
-    slots_T: Tensor  # place of each of its tokens in the [count * size] padded layout
-    first: tuple[bool, ...]  # per chunk: does it begin a document?
-    last: tuple[bool, ...]  # ... does it end one?
+    size: int  # of the longest
+    chunks: Tensor  # [chunks + 1]: the first token of each, then T
+    documents: Tensor  # [docs + 1]: the first chunk of each, then how many there are
 
 
 class Documents:
@@ -34,7 +32,8 @@ class Documents:
         borders = cu_seqlens.tolist()
         self.lengths: list[int] = [end - start for start, end in pairwise(borders)]
         assert borders[0] == 0 and all(length > 0 for length in self.lengths), f"cu_seqlens: got {borders}, expected 0 and then rising"
-        self._chunks: dict[tuple[int, int], list[Chunks]] = {}
+        self._borders: dict[int, ChunkBorders] = {}
+        self._chunks: dict[int, list[list[slice]]] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -50,17 +49,23 @@ class Documents:
         """The document that each token belongs to, from 0."""
         return torch.repeat_interleave(self.cu_seqlens.diff().long(), output_size=self.num_tokens)
 
-    def chunks(self, size: int, limit: int) -> list[Chunks]:
-        """The row in chunks of at most `size` tokens, at most `limit` of them together."""
-        if (size, limit) not in self._chunks:
-            counts = (self.cu_seqlens.diff() + size - 1).div(size, rounding_mode="floor")
-            slots_T = F.pad(counts.cumsum(0), (1, 0))[self.indices_T] * size + self.positions_T
-            starts = [(start, length) for length in self.lengths for start in range(0, length, size)]
-            borders = list(accumulate((min(size, length - start) for start, length in starts), initial=0))
-            first, last = tuple(start == 0 for start, _ in starts), tuple(start + size >= length for start, length in starts)
-            self._chunks[size, limit] = [
-                Chunks(size, tokens, slots_T[tokens] - begin * size, first[begin : begin + limit], last[begin : begin + limit])
-                for begin in range(0, len(starts), limit)
-                for tokens in [slice(borders[begin], borders[min(begin + limit, len(starts))])]
+    def chunks(self, size: int) -> list[list[slice]]:
+        """Of each document, its tokens in chunks of at most `size`."""
+        if size not in self._chunks:
+            borders = [0, *accumulate(self.lengths)]
+            self._chunks[size] = [
+                [slice(first, min(first + size, end)) for first in range(start, end, size)] for start, end in pairwise(borders)
             ]
-        return self._chunks[size, limit]
+        return self._chunks[size]
+
+    def chunk_borders(self, size: int) -> ChunkBorders:
+        """The row in chunks of at most `size` tokens, none across a border. Made on the device, which is not waited for."""
+        if size not in self._borders:
+            counts = (self.cu_seqlens.diff() + size - 1).div(size, rounding_mode="floor")
+            documents = F.pad(counts.cumsum(0), (1, 0))
+            num_chunks = sum(-(-length // size) for length in self.lengths)
+            document_of = torch.repeat_interleave(counts.long(), output_size=num_chunks)
+            place = torch.arange(num_chunks, device=counts.device) - documents[document_of]
+            chunks = F.pad(self.cu_seqlens[document_of] + place * size, (0, 1), value=self.num_tokens)
+            self._borders[size] = ChunkBorders(size, chunks.int(), documents.int())
+        return self._borders[size]

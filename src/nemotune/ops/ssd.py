@@ -1,26 +1,25 @@
 """The selective state space of Mamba-2 in chunks (state space duality, arXiv 2405.21060, Listing 1), over a packed row.
 
-Within a chunk the recurrence is a masked matrix product; between chunks only states pass. Chunks begin anew at each document
-border, and so do their cumulative sums: one sum across a border would cost 4e-5 and bit-identity. B and C stay per group.
+Within a chunk the recurrence is a masked matrix product; from one chunk to the next only a state passes. The row is worked off
+document by document and chunk by chunk, so that a chunk's decays, its largest values, stay in the processor's cache; nothing is
+padded, and no sum crosses a border. B and C stay per group.
 
-Memory: the row is worked off in stretches of chunks; each keeps its inputs for the backward and computes the rest again there,
-since the decays between a chunk's tokens alone are 2 Q / P times the bytes of a bf16 x.
-Precision: the factors of matrix products have the dtype of x; all else is fp32 and rounded once, as in mamba-ssm's kernels.
-Reference: `ssd_ref.py`. Suffixes here: C chunks, Q tokens of a chunk, G groups, R heads per group, P head dim, S state.
+Memory: the forward keeps its inputs; the backward computes a document's states again, and then its chunks, last to first.
+Precision: fp32 within a chunk, whatever the dtype of x, and one rounding of what leaves it.
+Reference: `ssd_ref.py`. Suffixes here: Q tokens of a chunk, N heads, G groups, R heads per group, P head dim, S state, Z = R * P.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemotune.ops.documents import Chunks, Documents
-from nemotune.ops.recompute import recomputed
+from nemotune.ops.documents import Documents
 
-DECAYS_AT_ONCE = 2**25  # 134 MB in fp32
+LONGEST_CHUNK = 64  # on the CPU faster than 128 at every width: fewer decays, and they stay in the cache
 
 
 def ssd(
@@ -39,132 +38,144 @@ def ssd(
 
     `dt_TN` is fp32 after softplus and clamp, `A_N` negative.
     """
-    size = min(chunk_size, max(documents.lengths))
-    outputs, states = [], []
-    state_NPS = x_TNP.new_zeros(*x_TNP.shape[1:], B_TGS.shape[-1], dtype=torch.float32)
-    for chunks in documents.chunks(size, max(1, DECAYS_AT_ONCE // (len(A_N) * size**2))):
-        scan = partial(_stretch, chunks=chunks, final_states=final_states)
-        x, dt, B, C = (t[chunks.tokens] for t in (x_TNP, dt_TN.float(), B_TGS, C_TGS))
-        y, state_NPS, ends = recomputed(scan, x, dt, A_N.float(), B, C, D_N.float(), state_NPS)
-        outputs.append(y)
-        states.append(ends)
-    return torch.cat(outputs), torch.cat(states) if final_states else None
+    chunks = documents.chunks(min(chunk_size, LONGEST_CHUNK))
+    y_TNP, ends = _Scan.apply(x_TNP, dt_TN.float(), A_N.float(), B_TGS, C_TGS, D_N.float(), chunks, final_states)
+    if not final_states:
+        return y_TNP, None
+    return y_TNP, ends.unflatten(-1, (-1, x_TNP.shape[-1])).permute(0, 1, 3, 4, 2).flatten(1, 2)  # [docs, G, S, Z] -> [docs, N, P, S]
 
 
-def _stretch(
-    x_TNP: Tensor,
-    dt_TN: Tensor,
-    A_N: Tensor,
-    B_TGS: Tensor,
-    C_TGS: Tensor,
-    D_N: Tensor,
-    state_NPS: Tensor,
-    *,
-    chunks: Chunks,
-    final_states: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The outputs of a stretch that begins with `state`, the state that it ends with, and those at the ends of its documents."""
-    groups = (B_TGS.shape[1], -1)
-    x_CQGRP, dt_CQGR = (_in_chunks(t, chunks).unflatten(2, groups) for t in (x_TNP, dt_TN))
-    B_CGQS, C_CGQS = (_in_chunks(t, chunks).transpose(1, 2) for t in (B_TGS, C_TGS))
-    log_decay_CQGR = (dt_CQGR * A_N.view(groups)).cumsum(1)  # from before the chunk to each token
-
-    y_CQGRP = _within_chunks(x_CQGRP, dt_CQGR, log_decay_CQGR, B_CGQS, C_CGQS) + D_N.view(*groups, 1) * x_CQGRP
-    if all(chunks.first) and chunks.last[-1] and not final_states:
-        return _in_row(y_CQGRP.to(x_TNP.dtype), chunks), state_NPS, None
-    ends_CGSRP = _chunk_states(x_CQGRP, dt_CQGR, log_decay_CQGR, B_CGQS)
-    decay_CG1R1 = log_decay_CQGR[:, -1].exp()[:, :, None, :, None]
-    state_GSRP = state_NPS.unflatten(0, groups).permute(0, 3, 1, 2)
-    states_XGSRP = _PassStates.apply(ends_CGSRP, decay_CG1R1, state_GSRP, chunks.first)  # X = C + 1
-    before_CGSRP, state_NPS = states_XGSRP[:-1], _as_NPS(states_XGSRP[-1])
-    y_CQGRP = y_CQGRP + _from_states(before_CGSRP, log_decay_CQGR, C_CGQS)
-    after_CNPS = _as_NPS(ends_CGSRP + decay_CG1R1 * before_CGSRP)[list(chunks.last)] if final_states else None
-    return _in_row(y_CQGRP.to(x_TNP.dtype), chunks), state_NPS, after_CNPS
-
-
-def _in_chunks(tensor_T: Tensor, chunks: Chunks) -> Tensor:
-    """[T, ...] -> [C, Q, ...], zeros where a chunk is padded: with dt = 0 a token neither decays nor adds."""
-    padded = tensor_T.new_zeros(len(chunks.first) * chunks.size, *tensor_T.shape[1:])
-    return padded.index_copy(0, chunks.slots_T, tensor_T).unflatten(0, (-1, chunks.size))
-
-
-def _in_row(y_CQGRP: Tensor, chunks: Chunks) -> Tensor:
-    """[C, Q, G, R, P] -> [T, N, P]."""
-    return y_CQGRP.flatten(2, 3).flatten(0, 1).index_select(0, chunks.slots_T)
-
-
-def _as_NPS(state_GSRP: Tensor) -> Tensor:
-    """[..., G, S, R, P] -> [..., N, P, S]."""
-    return state_GSRP.movedim(-3, -1).flatten(-4, -3)
-
-
-def _within_chunks(x_CQGRP: Tensor, dt_CQGR: Tensor, log_decay_CQGR: Tensor, B_CGQS: Tensor, C_CGQS: Tensor) -> Tensor:
-    """What the tokens of a chunk add to each other: `((C B^T) * L * dt) x`, L the decay from column to row. [C, Q, G, R, P]."""
-    log_decay_CGRQ, dt_CGRQ = (t.permute(0, 2, 3, 1) for t in (log_decay_CQGR, dt_CQGR))
-    between_CGRQQ = log_decay_CGRQ.unsqueeze(-1) - log_decay_CGRQ.unsqueeze(-2)
-    decay_CGRQQ = between_CGRQQ.clamp(max=0).exp().tril()  # above the diagonal it would grow without bound
-    scores_CGQQ = product(C_CGQS, B_CGQS.transpose(-1, -2))
-    weights_CGRQQ = scores_CGQQ.unsqueeze(2) * decay_CGRQQ * dt_CGRQ.unsqueeze(-2)
-    return product(weights_CGRQQ.to(x_CQGRP.dtype), x_CQGRP.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4)
-
-
-def _chunk_states(x_CQGRP: Tensor, dt_CQGR: Tensor, log_decay_CQGR: Tensor, B_CGQS: Tensor) -> Tensor:
-    """The state that each chunk would end with if it began with none: [C, G, S, R, P]."""
-    to_end_CQGR = (log_decay_CQGR[:, -1:] - log_decay_CQGR).exp() * dt_CQGR
-    weighted_CGQRP = (x_CQGRP * to_end_CQGR.unsqueeze(-1)).to(x_CQGRP.dtype).transpose(1, 2)
-    return product(B_CGQS.transpose(-1, -2), weighted_CGQRP.flatten(3)).unflatten(-1, x_CQGRP.shape[3:])
-
-
-def _from_states(before_CGSRP: Tensor, log_decay_CQGR: Tensor, C_CGQS: Tensor) -> Tensor:
-    """What the state before each chunk adds to its tokens: [C, Q, G, R, P]."""
-    y_CGQRP = product(C_CGQS, before_CGSRP.to(C_CGQS.dtype).flatten(3)).unflatten(-1, before_CGSRP.shape[3:])
-    return y_CGQRP.transpose(1, 2) * log_decay_CQGR.exp().unsqueeze(-1)
-
-
-class _PassStates(torch.autograd.Function):
-    """The recurrence over chunks, `h_{c+1} = ends_c + decay_c h_c`, begun anew with each document: h before each chunk and after the last."""
+class _Scan(torch.autograd.Function):
+    """`chunks`: of each document, the rows of its chunks."""
 
     @staticmethod
-    def forward(ctx: Any, ends: Tensor, decay: Tensor, state: Tensor, first: tuple[bool, ...]) -> Tensor:
-        states = torch.cat([state.unsqueeze(0), torch.empty_like(ends)])
-        h = states.unbind(0)
-        for c, (end, by, begins) in enumerate(zip(ends.unbind(0), decay.unbind(0), first, strict=True)):
-            if begins:
-                h[c].zero_()
-            torch.addcmul(end, by, h[c], out=h[c + 1])
-        ctx.first = first
-        ctx.save_for_backward(decay, states)
-        return states
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunks: list[list[slice]], final_states: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, dt, A, B, C, D)
+        ctx.chunks = chunks
+        y, ends = torch.empty(x.shape, dtype=x.dtype, device=x.device), []
+        for of_document in chunks:
+            state = None
+            for rows in of_document:
+                chunk = _Chunk.of(rows, x, dt, A, B, C)
+                y[rows] = chunk.outputs(state).addcmul_(chunk.x, D[:, None])
+                if final_states or rows is not of_document[-1]:
+                    state = chunk.next_state(state)
+            ends.append(state)
+        return y, torch.stack(ends) if final_states else y.new_empty(0)  # type: ignore[arg-type]
 
     @staticmethod
-    def backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        decay, states = ctx.saved_tensors
-        grad = grad_states.clone()
-        g = grad.unbind(0)
-        for c, (by, begins) in reversed(list(enumerate(zip(decay.unbind(0), ctx.first, strict=True)))):
-            if begins:
-                g[c].zero_()
-            else:
-                g[c].addcmul_(by, g[c + 1])
-        return grad[1:], (grad[1:] * states[:-1]).sum((-3, -1), keepdim=True), grad[0], None
+    def backward(ctx: Any, dy: Tensor, dends: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, dt, A, B, C, D = ctx.saved_tensors
+        dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
+        dA, dD = torch.zeros_like(A), torch.zeros_like(D)
+        for number, of_document in enumerate(ctx.chunks):
+            states: list[Tensor | None] = [None]  # before each chunk
+            for rows in of_document[:-1]:
+                states.append(_Chunk.of(rows, x, dt, A, B, C).next_state(states[-1]))
+            dstate = dends[number] if len(dends) else None
+            for rows in reversed(of_document):
+                chunk, dy_QNP = _Chunk.of(rows, x, dt, A, B, C), dy[rows].float()
+                du, dlog, dB[rows], dC[rows], dstate = chunk.gradients(dy_QNP, states.pop(), dstate)
+                dx[rows] = (du * chunk.dt.unsqueeze(-1)).addcmul_(dy_QNP, D[:, None])
+                ddt[rows] = (du * chunk.x).sum(-1).addcmul_(dlog, A)
+                dA += (dlog * chunk.dt).sum(0)
+                dD += (dy_QNP * chunk.x).sum((0, 2)) if ctx.needs_input_grad[5] else 0
+        return dx, ddt, dA, dB, dC, dD, None, None
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in fp32 whatever their dtype, over any number of leading dims that agree."""
-    multiply = torch.bmm if a.dtype == torch.float32 else _Product.apply
-    return multiply(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, a.shape[:-2])
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk of a document in fp32. With `u = dt x` and `a` the log decay since the chunk's beginning, for a token i
 
+    `y_i = sum_{j <= i} exp(a_i - a_j) (C_i B_j) u_j + exp(a_i) C_i h`, and after the chunk `h' = exp(a_Q) h + sum_j exp(a_Q - a_j) B_j u_j`.
+    """
 
-class _Product(torch.autograd.Function):
-    """16-bit factors, sums and result in fp32: no rounding of what is added to other terms."""
+    x: Tensor  # [Q, N, P]
+    dt: Tensor  # [Q, N]
+    u: Tensor  # [Q, N, P]
+    a: Tensor  # [Q, N]
+    B: Tensor  # [G, Q, S]
+    C: Tensor  # [G, Q, S]
 
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    @classmethod
+    def of(cls, rows: slice, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> _Chunk:
+        x, dt = x[rows].float(), dt[rows]
+        return cls(x, dt, x * dt.unsqueeze(-1), (dt * A).cumsum(0), B[rows].float().transpose(0, 1), C[rows].float().transpose(0, 1))
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        a, b = ctx.saved_tensors
-        grad = grad.to(a.dtype)
-        return grad @ b.transpose(-1, -2), a.transpose(-1, -2) @ grad
+    def by_group(self, t_QNP: Tensor) -> Tensor:
+        """[Q, N, P] -> [G, Q, Z]."""
+        return t_QNP.view(len(t_QNP), len(self.B), -1).transpose(0, 1)
+
+    def by_head(self, t_GQZ: Tensor) -> Tensor:
+        """[G, Q, Z] -> [Q, N, P]."""
+        return t_GQZ.transpose(0, 1).unflatten(-1, (-1, self.x.shape[-1])).flatten(1, 2)
+
+    def by_group_and_head(self, t_NQQ: Tensor) -> Tensor:
+        """[N, Q, Q] -> [G, R, Q, Q]."""
+        return t_NQQ.unflatten(0, (len(self.B), -1))
+
+    def decays(self) -> Tensor:
+        """[N, Q, Q]: exp(a_i - a_j), zero above the diagonal, where it would grow without bound."""
+        a_NQ = self.a.T.contiguous()
+        return torch.sub(a_NQ.unsqueeze(-1), a_NQ.unsqueeze(-2)).clamp_(max=0).exp_().tril_()
+
+    def scores(self) -> Tensor:
+        """[G, 1, Q, Q]: C_i B_j."""
+        return torch.bmm(self.C, self.B.mT).unsqueeze(1)
+
+    def to_end(self) -> Tensor:
+        """[Q, N, 1]: exp(a_Q - a_j)."""
+        return (self.a[-1] - self.a).exp_().unsqueeze(-1)
+
+    def decay(self) -> Tensor:
+        """[G, 1, Z]: exp(a_Q)."""
+        return self.a[-1].exp().repeat_interleave(self.x.shape[-1]).view(len(self.B), 1, -1)
+
+    def outputs(self, state_GSZ: Tensor | None) -> Tensor:
+        """[Q, N, P], without D's part."""
+        weights_NQQ = self.decays()
+        self.by_group_and_head(weights_NQQ).mul_(self.scores())
+        y_QNP = torch.bmm(weights_NQQ, self.u.transpose(0, 1)).transpose(0, 1)
+        if state_GSZ is not None:
+            y_QNP.addcmul_(self.by_head(torch.bmm(self.C, state_GSZ)), self.a.exp().unsqueeze(-1))
+        return y_QNP
+
+    def next_state(self, state_GSZ: Tensor | None) -> Tensor:
+        """The state after the chunk, [G, S, Z]."""
+        weighted_GQZ = self.by_group(self.u * self.to_end())
+        if state_GSZ is None:
+            return torch.bmm(self.B.mT, weighted_GQZ)
+        return torch.baddbmm(state_GSZ * self.decay(), self.B.mT, weighted_GQZ)
+
+    def gradients(self, dy_QNP: Tensor, state_GSZ: Tensor | None, dstate_GSZ: Tensor | None) -> tuple[Tensor, ...]:
+        """Of u, of each token's own log decay dt A, of B and C [Q, G, S], and of the state before, given those of y and of the state after."""
+        decays_NQQ, scores_G1QQ, dy_NQP = self.decays(), self.scores(), dy_QNP.transpose(0, 1)
+        weights_NQQ = (self.by_group_and_head(decays_NQQ) * scores_G1QQ).flatten(0, 1)
+        du_QNP = torch.bmm(weights_NQQ.mT, dy_NQP).transpose(0, 1)
+        dweights_NQQ = torch.bmm(dy_NQP, self.u.transpose(0, 1).mT)
+        dscores_GQQ = self.by_group_and_head(dweights_NQQ.mul_(decays_NQQ)).sum(1)
+        self.by_group_and_head(dweights_NQQ).mul_(scores_G1QQ)
+        da_QN = (dweights_NQQ.sum(-1) - dweights_NQQ.sum(-2)).T
+        dB_GQS, dC_GQS = torch.bmm(dscores_GQQ.mT, self.C), torch.bmm(dscores_GQQ, self.B)
+        dbefore_GSZ = None
+        if state_GSZ is not None:
+            decayed_QNP = dy_QNP * self.a.exp().unsqueeze(-1)
+            da_QN = da_QN + (decayed_QNP * self.by_head(torch.bmm(self.C, state_GSZ))).sum(-1)
+            dC_GQS.baddbmm_(self.by_group(decayed_QNP), state_GSZ.mT)
+            dbefore_GSZ = torch.bmm(self.C.mT, self.by_group(decayed_QNP))
+        if dstate_GSZ is not None:
+            to_end_QN1 = self.to_end()
+            du_end_QNP = self.by_head(torch.bmm(self.B, dstate_GSZ)) * to_end_QN1
+            dB_GQS.baddbmm_(self.by_group(self.u * to_end_QN1), dstate_GSZ.mT)
+            from_end_QN = (du_end_QNP * self.u).sum(-1)
+            da_QN = da_QN - from_end_QN
+            da_QN[-1] += from_end_QN.sum(0)
+            du_QNP += du_end_QNP
+            if state_GSZ is not None:
+                decayed_GSZ = dstate_GSZ * self.decay()
+                da_QN[-1] += (decayed_GSZ * state_GSZ).sum(1).view(-1, self.x.shape[-1]).sum(-1)
+                dbefore_GSZ += decayed_GSZ
+        dlog_QN = da_QN.flip(0).cumsum(0).flip(0)
+        return du_QNP, dlog_QN, dB_GQS.transpose(0, 1), dC_GQS.transpose(0, 1), dbefore_GSZ

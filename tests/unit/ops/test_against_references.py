@@ -7,7 +7,6 @@ import torch
 
 from nemotune.models.base import Head
 from nemotune.ops import conv as conv_module
-from nemotune.ops import ssd as ssd_module
 from nemotune.ops.attention import attention_step, varlen_attention, varlen_attention_ref
 from nemotune.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step, conv_state
 from nemotune.ops.cross_entropy import linear_cross_entropy
@@ -47,11 +46,9 @@ def ssd_inputs(tokens, heads=4, head_dim=8, groups=2, state=16):
     return x, dt, A_log, B, C, D
 
 
-@pytest.mark.parametrize("at_once", [2**25, 600, 1])  # all chunks of the row in one stretch; some; each alone
 @pytest.mark.parametrize("chunk_size", [1, 4, 8, 64])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_chunked_ssd_equals_the_recurrence(lengths, chunk_size, at_once, monkeypatch):
-    monkeypatch.setattr(ssd_module, "DECAYS_AT_ONCE", at_once)
+def test_chunked_ssd_equals_the_recurrence(lengths, chunk_size):
     inputs = x, dt, A_log, B, C, D = ssd_inputs(sum(lengths))
     args = x, torch.nn.functional.softplus(dt), -A_log.exp(), B, C, D, documents_of(lengths)
     y, states = ssd(*args, chunk_size=chunk_size, final_states=True)
@@ -72,24 +69,25 @@ def test_ssd_forgets_within_a_token_without_a_value_that_is_not_finite():
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_what_is_computed_again_in_the_backward_has_the_same_gradients(lengths, monkeypatch):
-    """In 16 bits, where `recomputed` keeps inputs alone: to the bit those of a plain call."""
-    x, dt, A_log, B, C, D = ssd_inputs(sum(lengths))
-    weight, bias = leaves((40, 4), (40,), seed=1)
-    inputs = [t.detach().bfloat16().requires_grad_() for t in (x, B, C, weight, bias)]
-    inputs += [dt.detach().requires_grad_(), A_log, D]
+def test_sixteen_bits_are_rounded_once(lengths):
+    """Scan and convolution in bf16, forward and gradient: to the bit what fp32 gives for the same values, rounded."""
+    x, dt, A_log, B, C, D = (t.detach() for t in ssd_inputs(sum(lengths)))
+    xBC, (weight, bias) = torch.cat([x.flatten(1), B.flatten(1), C.flatten(1)], -1), (t.detach() for t in leaves((96, 4), (96,), seed=1))
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
 
-    def gradients():
-        x, B, C, weight, bias, dt, A_log, D = inputs
-        xB = causal_conv1d(torch.cat([x.flatten(1), B[:, 0, :8]], -1), weight, bias, documents_of(lengths))
-        args = xB[:, :32].unflatten(-1, (4, 8)), dt.exp(), -A_log.exp(), B, C, D, documents_of(lengths)
-        return torch.autograd.grad(ssd(*args, chunk_size=4)[0].square().sum() + xB.sum(), inputs)
+    def scan(dtype):
+        inputs = [t.bfloat16().to(dtype).requires_grad_() for t in (x, B, C)]
+        y, _ = ssd(inputs[0], dt.exp(), -A_log.exp(), *inputs[1:], D, documents_of(lengths), chunk_size=4)
+        return y, *torch.autograd.grad(y, inputs, dy.to(dtype))
 
-    monkeypatch.setattr(ssd_module, "DECAYS_AT_ONCE", 200)
-    recomputed = gradients()
-    for module in (ssd_module, conv_module):
-        monkeypatch.setattr(module, "recomputed", lambda function, *inputs: function(*inputs))
-    assert all(torch.equal(ours, plain) for ours, plain in zip(recomputed, gradients(), strict=True))
+    def convolution(dtype):
+        inputs = [t.bfloat16().to(dtype).requires_grad_() for t in (xBC, weight, bias)]
+        y = causal_conv1d(*inputs, documents_of(lengths))
+        return y, *torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+    for function in (scan, convolution):
+        for ours, wide in zip(function(torch.bfloat16), function(torch.float32), strict=True):
+            assert torch.equal(ours, wide.bfloat16())
 
 
 @pytest.mark.parametrize("heads, groups", [(4, 1), (4, 4), (6, 3)])
@@ -116,8 +114,10 @@ def test_norms_equal_pytorchs():
         assert_same(gated_group_rms_norm(*inputs, **args), gated_group_rms_norm_ref(*inputs, **args), inputs)
 
 
+@pytest.mark.parametrize("at_once", [2**18, 40, 1])  # documents whole; a few tokens of them at a time; each alone
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_convolution_equals_pytorch_per_document(lengths):
+def test_convolution_equals_pytorch_per_document(lengths, at_once, monkeypatch):
+    monkeypatch.setattr(conv_module, "AT_ONCE", at_once)
     inputs = x, weight, bias = leaves((sum(lengths), 6), (6, 4), (6,))
     documents = documents_of(lengths)
     assert_same(causal_conv1d(x, weight, bias, documents), causal_conv1d_ref(x, weight, bias, documents), inputs)
