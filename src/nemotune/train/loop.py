@@ -1,0 +1,158 @@
+"""The turns of a run, part by part: a step, what is told of it, a validation, a checkpoint; and its end. `run.py` calls them in order."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+
+from nemotune.data.loader import Loader
+from nemotune.errors import TrainingError
+from nemotune.lora import DropoutKeys
+from nemotune.models import CausalLM
+from nemotune.recipe import Recipe
+from nemotune.train.checkpoint import Checkpoints, Progress
+from nemotune.train.deadline import Deadline
+from nemotune.train.health import Liveness, SpikeGuard, require_finite
+from nemotune.train.metrics import Metrics, peak_memory_bytes
+from nemotune.train.progress import StepBar
+from nemotune.train.schedule import learning_rate
+from nemotune.train.step import StepResult, accumulate, gradient_norm, update
+from nemotune.train.validation import Validation
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step gave, and what it took; a warning where its loss spiked."""
+
+    result: StepResult
+    learning_rate: float
+    grad_norm: float
+    warning: str | None
+    seconds: float
+    memory: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.result.tokens / self.seconds
+
+
+@dataclass
+class Loop:
+    """What a run works with, and where it stands."""
+
+    model: CausalLM
+    recipe: Recipe
+    loader: Loader
+    total_steps: int
+    parameters: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    checkpoints: Checkpoints
+    progress: Progress
+    metrics: Metrics
+    held_out: Validation
+    deadline: Deadline
+    keys: DropoutKeys | None
+    console: Console
+    loss: float = math.nan
+
+    def __post_init__(self) -> None:
+        self.liveness = Liveness(self.model)
+        self.spikes = SpikeGuard(self.progress.usual_losses, self.progress.spikes)
+
+    @property
+    def is_at_last(self) -> bool:
+        return self.progress.step == self.total_steps
+
+    @property
+    def has_stopped_early(self) -> bool:
+        return self.progress.has_waited(self.recipe.train.early_stopping)
+
+    def goes_on(self) -> bool:
+        """Whether there is another step, and time for it."""
+        return self.progress.step < self.total_steps and not self.has_stopped_early and self.deadline.leaves_time(**self._next_step())
+
+    def take_step(self) -> Step:
+        """Forward, backward, checks and update. Raises TrainingError before anything is updated with what is dead or not finite."""
+        settings, before = self.recipe.train, self.progress.step
+        started = time.perf_counter()
+        with self.deadline.watch("step"):
+            rate = learning_rate(before, self.total_steps, settings)
+            result = accumulate(self.model, self.loader.step(before), keys=self.keys, seed=settings.seed, step=before)
+            self.loss, norm = result.loss, gradient_norm(self.parameters.values())
+            require_finite(self.loss, norm, self.parameters, step=before + 1)
+            self.liveness.check()
+            update(self.parameters.values(), self.optimizer, learning_rate=rate, grad_norm=norm, max_grad_norm=settings.max_grad_norm)
+        warning = self.spikes.check(self.loss, step=before + 1)
+        self.progress = self.progress.after_step(result, usual_losses=self.spikes.usual, spikes=self.spikes.spikes)
+        return Step(result, rate, norm, warning, seconds=time.perf_counter() - started, memory=peak_memory_bytes())
+
+    def record(self, step: Step, bar: StepBar) -> None:
+        """Tell the bar of the step, and every so many steps metrics.jsonl of those since the row before."""
+        now = self.progress
+        bar.advance(loss=self.loss, tokens_per_second=step.tokens_per_second, memory_bytes=step.memory)
+        if step.warning:
+            self.metrics.write("warning", now.step, message=step.warning)
+            self.console.print(f"[yellow]step {now.step}: {step.warning}")
+        if now.step % self.recipe.logging.every == 0 or now.step == 1 or self.is_at_last:
+            self.metrics.write(
+                "train", now.step, epoch=now.step / self.loader.steps_per_epoch, loss=now.loss_sum / now.supervised_tokens,
+                learning_rate=step.learning_rate, grad_norm=step.grad_norm, tokens=now.tokens, supervised_tokens=now.supervised_tokens,
+                tokens_per_second=step.tokens_per_second, seconds=step.seconds, peak_memory_bytes=step.memory,
+            )  # fmt: skip
+            self.progress = now.after_row()
+
+    def validate(self, bar: StepBar) -> bool:
+        """Measure the loss on held-out rows where that is due. Returns whether it is the lowest so far."""
+        if not self.held_out.is_due(self.progress.step):
+            return False
+        with self.deadline.watch("validation"):
+            measured = self.held_out.measure(self.progress.step)
+        bar.note(f"validation {measured:.4f}")
+        better = measured < (math.inf if self.progress.best_loss is None else self.progress.best_loss)
+        self.progress = self.progress.after_evaluation(measured, better=better)
+        return better
+
+    def keep(self, *, better: bool) -> None:
+        """Save where a checkpoint is due, the loss is `better`, or the run ends; a run that ends judges its adapters first."""
+        ends = self.is_at_last or self.has_stopped_early
+        if ends:
+            self.liveness.judge()
+        every = self.recipe.train.checkpoint_every
+        if better or ends or (every and self.progress.step % every == 0):
+            self._save(best=better)
+
+    def stop_at_deadline(self) -> None:
+        """Judge, record and save what the deadline ended. Raises TrainingError where it left no time for a first step."""
+        step = self.progress.step
+        if step == 0:
+            raise TrainingError("train.deadline: no time is left for a first step; name a later time, then start again with --overwrite")
+        if self.liveness.steps:
+            self.liveness.judge()
+        self.metrics.write("deadline", step, seconds_left=self.deadline.seconds_left(), **self.deadline.reckon(**self._next_step()))
+        if not self.checkpoints.has(step):
+            self._save()
+
+    def say_what_was_seen(self) -> None:
+        """Experts that nothing reached, and what validation has to say."""
+        if unreached := self.liveness.unreached():
+            self.console.print(
+                f"experts that no gradient reached in the first steps: {sum(unreached.values())} in {len(unreached)} modules"
+            )
+        if said := self.held_out.summary():
+            self.console.print(said, highlight=False, soft_wrap=True)
+
+    def _next_step(self) -> dict[str, float]:
+        """What the deadline reckons with."""
+        trained = sum(p.numel() for p in self.parameters.values())
+        due = self.held_out.is_due(self.progress.step + 1)
+        return {"checkpoint_bytes": 12.0 * trained, "validation_steps": self.held_out.steps if due else 0.0}  # fp32: weight, two moments
+
+    def _save(self, *, best: bool = False) -> None:
+        self.metrics.sync()
+        with self.deadline.watch("checkpoint"):
+            self.checkpoints.save(self.model, self.optimizer, self.progress, best=best)
