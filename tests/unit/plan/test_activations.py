@@ -95,8 +95,6 @@ def test_what_blocks_keep_is_what_the_formula_says(directory, dtype, mode, exper
     queries = model.config.num_attention_heads * model.config.head_dim * WIDTHS[dtype]
     for block in model.blocks:
         kind = getattr(block, "block_type", "llama")
-        if kind == "mamba" and dtype == "float32":
-            continue  # the scan decides what it keeps
         told = kept_bytes(model.config, kind, trained, mode=mode, width=WIDTHS[dtype])
         found = (counted(block, model, 96, mode) - counted(block, model, 48, mode)) / 48
         copied = queries if mode == "none" and kind in ("attention", "llama") else 0
