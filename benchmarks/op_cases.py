@@ -2,6 +2,7 @@
 
 transformers' convolution and scan know no borders: they are measured on a row of one document, and again, as a trainer feeds them, on
 the packed row's documents padded to the longest. Frozen weights want no gradient, as under LoRA. The NF4 of transformers is bitsandbytes'.
+On CUDA our scan and convolution are what `ops.kernels` chooses: with `NEMOTUNE_KERNELS=torch`, PyTorch's.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from pages import DOCS, ROOT, blocks, coded, table_rows
 from random_models import make
 from rich.console import Console
@@ -27,6 +28,7 @@ from nemotune.lora import apply_lora, coverage
 from nemotune.lora.targets import adaptable_modules
 from nemotune.models import build_model, config, load_model, load_tokenizer, parse_config, read_config
 from nemotune.models.loading import FAMILIES, UNUSED_PREFIXES
+from nemotune.ops.kernels import Kernels, kernels
 from nemotune.plan.cost import OPTIMIZER_BYTES
 from nemotune.recipe import Data, Lora, Train, load
 from nemotune.train import deadline, health, run
@@ -148,6 +150,20 @@ def test_schedules_are_the_recipes():
     told = columns(TRAINING, "`train.schedule` | from `train.learning_rate` to `train.min_learning_rate`")
     assert told == list(get_args(Train.model_fields["schedule"].annotation))
     assert WSD_DECAY == 0.2, "training.md says: the last fifth"
+
+
+def test_kernels_are_told():
+    rows = table_rows(TRAINING, "op | on CUDA | on a CPU | reference")
+    assert [coded(row[0])[0] for row in rows] == [field.name for field in fields(Kernels) if field.name != "why"]
+    here = kernels(torch.device("cpu"), torch.bfloat16, 128)
+    assert f"```\n{here}\n```" in TRAINING.read_text()
+    on_cpu = [coded(row[1 if row[2] == "the same" else 2])[0] for row in rows]
+    assert on_cpu == [getattr(here, coded(row[0])[0]) for row in rows]
+    source = "\n".join(path.read_text() for path in (ROOT / "src" / "nemotune" / "ops").glob("*.py"))
+    assert [name for *_, cell in rows for name in coded(cell) if f"def {name}(" not in source] == []
+    assert [
+        path for row in rows for path in re.findall(r"ops/\w+\.py", " ".join(row)) if not (ROOT / "src" / "nemotune" / path).exists()
+    ] == []
 
 
 def test_bytes_for_each_parameter_are_the_plans():

@@ -47,6 +47,15 @@ def test_optional_library_is_imported_in_one_file_on_use(library: str) -> None:
         assert not [name for name in imported(top) if name.partition(".")[0] == library], path
 
 
+def test_triton_is_imported_by_its_kernels_alone_and_they_on_use() -> None:
+    for path, tree in trees():
+        assert isinstance(tree, ast.Module)
+        top = list(imported(ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])))
+        if not path.name.startswith("triton_"):
+            assert not [name for name in imported(tree) if name.partition(".")[0] == "triton"], path
+            assert not [name for name in top if name.startswith("nemotune.ops.triton_")], path
+
+
 def test_torch_distributed_in_these_rules_would_be_found() -> None:
     assert list(imported(ast.parse("def f():\n    from torch.distributed import nn\nimport torch.distributed as d"))) == [
         "torch.distributed",

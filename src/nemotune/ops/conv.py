@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotune.ops.documents import Documents
+from nemotune.ops.kernels import uses_triton
 
 AT_ONCE = 2**18  # values: 1 MB in fp32, what a core's cache holds
 
@@ -18,6 +19,10 @@ def causal_conv1d(x_TC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, docume
 
     Sums in fp32, rounded once; a stretch of a document at a time, whose sum the backward computes again: only the inputs are kept.
     """
+    if uses_triton(x_TC.device):
+        from nemotune.ops import triton_conv
+
+        return triton_conv.causal_conv1d(x_TC, weight_CW, bias_C, documents)
     return _CausalConv.apply(x_TC, weight_CW, bias_C, documents.chunks(max(1, AT_ONCE // x_TC.shape[1])))
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nemotune.ops.documents import Documents
+from nemotune.ops.kernels import uses_triton
 
 LONGEST_CHUNK = 64  # on the CPU faster than 128 at every width: fewer decays, and they stay in the cache
 
@@ -38,6 +39,11 @@ def ssd(
 
     `dt_TN` is fp32 after softplus and clamp, `A_N` negative.
     """
+    if uses_triton(x_TNP.device):
+        from nemotune.ops import triton_ssd
+
+        inputs = x_TNP, dt_TN, A_N, B_TGS, C_TGS, D_N, documents
+        return triton_ssd.ssd(*inputs, chunk_size=chunk_size, final_states=final_states)
     chunks = documents.chunks(min(chunk_size, LONGEST_CHUNK))
     y_TNP, ends = _Scan.apply(x_TNP, dt_TN.float(), A_N.float(), B_TGS, C_TGS, D_N.float(), chunks, final_states)
     if not final_states:

@@ -50,6 +50,13 @@ class _CausalConv1d(torch.autograd.Function):
         return grad_x_TC, of_weight_CW, of_bias_C.to(bias_C.dtype) if ctx.needs_input_grad[2] else None, None
 
 
+def try_on(device: torch.device) -> None:
+    """One token through the forward kernel: raises whatever keeps Triton from compiling and launching there."""
+    x_TC, positions_T = torch.zeros(1, BC, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    with torch.cuda.device(device):
+        conv_forward(x_TC, torch.zeros(BC, 4, device=device), None, positions_T)
+
+
 def conv_forward(x_TC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, positions_T: Tensor) -> Tensor:
     """The forward alone, of x in rows. `positions_T` int64: of each token in its document."""
     (T, C), W = x_TC.shape, weight_CW.shape[1]

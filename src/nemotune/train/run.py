@@ -18,6 +18,7 @@ from nemotune.data.split import Split
 from nemotune.errors import DataError
 from nemotune.lora import DropoutKeys
 from nemotune.models import CausalLM
+from nemotune.ops.kernels import kernels
 from nemotune.recipe import Recipe
 from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.checkpoint import Checkpoints, Progress
@@ -76,6 +77,7 @@ def run(
         progress = checkpoints.load(newest, model, optimizer)
         console.print(f"resumed after step {progress.step} from {newest}", markup=False)
     console.print(audit_precision(model, optimizer, recipe), highlight=False, soft_wrap=True)
+    console.print(str(kernels(model.device, model.compute_dtype, model.config.head_dim)), highlight=False, soft_wrap=True, markup=False)
 
     model.train()
     metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step)
