@@ -32,7 +32,7 @@ from nemotune.errors import ConflictError, DataError, MissingFileError
 from nemotune.files import read_json, staged_directory, write_json
 from nemotune.recipe.schema import Recipe, Source
 
-VERSION = 1  # of the prepared form: raise it when the same rows and settings come out differently
+VERSION = 2  # of the prepared form: raise it when the same rows and settings come out differently
 NAMES = {TRAIN: "train", VALIDATION: "validation", TEST: "test"}
 
 
@@ -171,7 +171,7 @@ def _write_splits(recipe: Recipe, renderer: Renderer, spools: dict[str, Spool], 
         name: {"rows": found.rows, "bad": found.rejects.bad, "rejected": found.rejects.summary(), "repaired": found.repaired}
         for name, found in spools.items()
     }
-    return {"sources": sources, "splits": stats, "in_train_too": _overlaps(spools, shares)}
+    return {"sources": sources, "splits": stats, **_overlaps(spools, shares)}
 
 
 def _shares(recipe: Recipe, name: str, found: Spool) -> np.ndarray:
@@ -182,10 +182,11 @@ def _shares(recipe: Recipe, name: str, found: Spool) -> np.ndarray:
     return share_out(found.keys, validation=held[0], test=held[1])
 
 
-def _overlaps(spools: dict[str, Spool], shares: dict[str, np.ndarray]) -> dict[str, int]:
-    """Rows of held-out sources that are trained on as well, word for word: a score on those says nothing."""
-    trained = spools["train"].keys[shares["train"] == TRAIN]
-    return {name: int(np.isin(found.keys, trained).sum()) for name, found in spools.items() if name != "train"}
+def _overlaps(spools: dict[str, Spool], shares: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Rows of held-out sources that are trained on as well, word for word, and test rows that are validated on: such scores say little."""
+    keys = {split: np.concatenate([spools[name].keys[each == split] for name, each in shares.items()]) for split in NAMES}
+    trained = {name: int(np.isin(found.keys, keys[TRAIN]).sum()) for name, found in spools.items() if name != "train"}
+    return {"in_train_too": trained, "in_validation_too": int(np.isin(keys[TEST], keys[VALIDATION]).sum())}
 
 
 def _refuse_empty(stats: dict[str, dict[str, Any]], spools: dict[str, Spool], *, sequence_length: int) -> None:

@@ -30,6 +30,8 @@ def show(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, console: Consol
     for name, rows in stats["in_train_too"].items():
         if rows:
             console.print(f"{rows} {name} rows are trained on as well, word for word: scores on those say nothing", style="bold red")
+    if tested := stats["in_validation_too"]:
+        console.print(f"{tested} test rows are validated on as well, word for word: the best weights were chosen by them", style="bold red")
     console.print(_lengths(stats["splits"]["train"]["length"], limit=stats["settings"]["sequence_length"]))
     plain = console.color_system is None
     for number in range(min(samples, len(prepared.train))):
@@ -40,9 +42,11 @@ def show(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, console: Consol
 
 
 def _splits(stats: dict[str, Any]) -> RenderableType:
-    table = Table("split", title="Prepared data", title_justify="left", box=None, pad_edge=False)
-    for column in ("rows", "documents", "packs", "tokens", "trained", "fill rate", "truncated", "dropped"):
-        table.add_column(column, justify="right")
+    """Narrow enough for 80 columns."""
+    table = Table(title="Prepared data", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("split", no_wrap=True)
+    for column in ("rows", "docs", "packs", "tokens", "trained", "filled", "cut", "dropped"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, split in stats["splits"].items():
         counts = [f"{split[key]:,}" for key in ("rows", "documents", "packs", "tokens")]
         shares = [f"{split['mask_share']:.1%}", f"{split['fill_rate']:.1%}"]

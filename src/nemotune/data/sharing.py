@@ -1,7 +1,7 @@
 """Which rows go to training, validation and test: exact shares, seeded, by content.
 
-Rows are ordered by a hash of (seed, content) and the first are held out. So a share does not depend on the order of the rows, the
-same seed holds out the same rows, and identical rows all fall on one side.
+Rows are ordered by a hash of (seed, content); the first are the test rows, those after them validation. So a share does not depend on
+the order of the rows, the same seed and share hold out the same test rows whatever is validated on, and identical rows fall on one side.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def share_out(keys: np.ndarray, *, validation: float, test: float) -> np.ndarray
     keys [rows] uint64 from `content_key`. Raises DataError when nothing would be left to train on.
     """
     order = np.argsort(keys, kind="stable")
-    first = _extend(keys, order, _count(validation, len(keys)))
-    second = _extend(keys, order, first + _count(test, len(keys)))
+    first = _extend(keys, order, _count(test, len(keys)))
+    second = _extend(keys, order, first + _count(validation, len(keys)))
     if len(keys) and second >= len(keys):
         raise DataError(
             f"data.validation, data.test: shares {validation} and {test} of {len(keys)} rows (identical ones stay together) leave none "
             "to train on; lower them or give held-out rows of their own"
         )
     shares = np.full(len(keys), TRAIN, dtype=np.int8)
-    shares[order[:first]] = VALIDATION
-    shares[order[first:second]] = TEST
+    shares[order[:first]] = TEST
+    shares[order[first:second]] = VALIDATION
     return shares
 
 

@@ -107,7 +107,13 @@ class Renderer:
         return _masked(tokens, [(0 if self.train_on == "all" else len(prompt), len(tokens))])
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        """The tokens of a text as it stands: a special token that it spells (`</s>`, `<unk>`) is letters, and neither begins nor ends anything."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = True
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        finally:
+            backend.encode_special_tokens = False  # one tokenizer serves the templates too, which write such tokens
 
     @cached_property
     def _bos(self) -> list[int]:

@@ -212,6 +212,23 @@ def test_held_out_rows_of_their_own_stay_whole_and_overlap_is_told(run, write_ro
     assert prepared.stats["in_train_too"] == {"test": 2}
 
 
+def test_a_held_out_row_that_is_validated_on_is_not_counted_as_trained_on(run, write_rows):
+    shared = run("first", train=write_rows(rows()), validation=0.2)
+    validated = [example.meta["row"] for example in shared.validation.examples()]
+    trained = [example.meta["row"] for example in shared.train.examples()]
+    held = write_rows([rows()[number] for number in (*validated, trained[0])], "held.jsonl")
+    prepared = run(train=write_rows(rows()), validation=0.2, test=held)
+    assert len(validated) == 8 and prepared.stats["in_train_too"] == {"test": 1}
+    assert prepared.stats["in_validation_too"] == 8
+
+
+def test_rows_of_a_validation_file_that_are_tested_too_are_told(run, write_rows):
+    sources = {"validation": write_rows(rows(45)[40:], "validation.jsonl"), "test": write_rows(rows(50)[43:], "test.jsonl")}
+    stats = run(train=write_rows(rows()), **sources).stats
+    assert stats["in_validation_too"] == 2 and stats["in_train_too"] == {"validation": 0, "test": 0}
+    assert run("shares", train=write_rows(rows()), validation=0.1, test=0.1).stats["in_validation_too"] == 0
+
+
 def test_max_samples_bounds_the_training_rows_only(run, write_rows):
     prepared = run(train=write_rows(rows()), test=write_rows(rows(20), "held.jsonl"), max_samples=10)
     assert (len(prepared.train), len(prepared.test)) == (10, 20)

@@ -36,6 +36,23 @@ def test_plain_preview_marks_the_trained_tokens(prepared, tokenizer):
     assert "up to        32 " in text
 
 
+def test_rows_that_are_validated_and_tested_on_are_told(prepared, tokenizer):
+    assert "are validated on as well" not in printed(prepared, tokenizer)
+    prepared.stats["in_validation_too"] = 3
+    assert "3 test rows are validated on as well, word for word: the best weights were chosen by them" in printed(prepared, tokenizer)
+
+
+def test_counts_of_a_split_are_whole_on_80_columns(prepared, tokenizer):
+    stats = prepared.stats["splits"]
+    stats["validation"] |= dict.fromkeys(("rows", "documents", "packs", "truncated", "dropped"), 123_456) | {"tokens": 123_456_789}
+    console = Console(file=io.StringIO(), width=80)
+    show(prepared, tokenizer, console, samples=0)
+    lines = console.file.getvalue().splitlines()
+    assert lines[1].split() == ["split", "rows", "docs", "packs", "tokens", "trained", "filled", "cut", "dropped"]
+    assert len(lines[3].split()) == 9 and lines[3].split()[1:5] == ["123,456", "123,456", "123,456", "123,456,789"]
+    assert "…" not in "".join(lines[:4])
+
+
 def test_name_of_a_template_is_no_markup(prepared, tokenizer):
     prepared.stats["template"] = "mine[/1].jinja"
     assert "template: mine[/1].jinja" in printed(prepared, tokenizer)

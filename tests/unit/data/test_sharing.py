@@ -57,6 +57,14 @@ def test_seed_decides_who_is_held_out():
     assert held[0] == held[1] != held[2]
 
 
+@pytest.mark.parametrize("validation", [0.02, 0.1, 0.4])
+def test_test_rows_do_not_move_with_the_share_of_validation(validation):
+    keys = keys_of(map(str, range(1000)))
+    alone, beside = (share_out(keys, validation=share, test=0.1) for share in (0.0, validation))
+    assert np.flatnonzero(beside == TEST).tolist() == np.flatnonzero(alone == TEST).tolist()
+    assert int((alone == TEST).sum()) == 100
+
+
 def test_shares_that_leave_nothing_to_train_on_are_an_error():
     with pytest.raises(DataError, match=r"data\.validation, data\.test: .* of 2 rows .* leave none to train on"):
         share_out(keys_of("ab"), validation=0.02, test=0.02)

@@ -201,6 +201,26 @@ def test_no_token_reaches_across_the_raw_boundary(bare_tokenizer):
     assert encoded.tokens[: len(prompt)] == prompt != joined[: len(prompt)]
 
 
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_special_tokens_that_raw_text_spells_stay_text(bare_tokenizer, train_on):
+    text = "one </s> two <|im_start|>user <unk> <s>"
+    renderer = Renderer(bare_tokenizer, template="none", train_on=train_on)
+    special = {number for number, token in bare_tokenizer.added_tokens_decoder.items() if token.special}
+    prompt = renderer.prompt_tokens(Example(prompt=text, completion=" A"))
+    [encoded] = renderer.encode(Example(prompt=text, completion=f" It is <|im_end|> {text}"))
+    assert special.isdisjoint(prompt) and encoded.tokens[: len(prompt)] == prompt
+    assert special.intersection(encoded.tokens[:-1]) == set() and encoded.tokens[-1] == bare_tokenizer.eos_token_id
+    assert bare_tokenizer.decode(encoded.tokens[:-1], skip_special_tokens=False) == f"{text} It is <|im_end|> {text}"
+
+
+def test_raw_text_leaves_the_tokens_of_a_template_as_they_were(tokenizer):
+    renderer = Renderer(tokenizer)
+    before = renderer.encode(SINGLE)
+    renderer.encode(Example(completion="spelt <|im_end|>"))
+    assert renderer.encode(SINGLE) == before
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in before[0].tokens
+
+
 def test_begin_of_text_is_put_where_the_tokenizer_puts_it(bare_tokenizer):
     from tokenizers.processors import TemplateProcessing
 
