@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from random_models import make, relative, with_our_dt_limits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from nemotune.errors import CheckpointError
 from nemotune.lora import LoRAEmbedding, apply_lora, load_adapter, lora_modules, save_adapter
 from nemotune.models import load_model
 from nemotune.recipe import Lora, Train
@@ -84,6 +85,7 @@ THEIRS = {
     "pattern": ("hybrid", dict(target_modules=r".*\.(q|o|down)_proj", use_rslora=True)),
     "all_linear_but": ("llama", dict(target_modules="all-linear", exclude_modules=["layers.1.mlp.up_proj", "k_proj"])),
     "lm_head": ("llama", dict(target_modules=["lm_head", "v_proj"])),
+    "lm_head_tied": ("llama_tied", dict(target_modules=["lm_head", "v_proj"])),
     "embeddings": ("hybrid", dict(target_modules=["embeddings", "q_proj"], rank_pattern={"embeddings": 2})),
     "embeddings_of_llama": ("llama", dict(target_modules=r".*\.(embed_tokens|v_proj)")),
     "dora": ("llama_biased", dict(target_modules=["q_proj", "up_proj"], use_dora=True, alpha_pattern={"q_proj": 3})),
@@ -99,13 +101,28 @@ def test_an_adapter_that_peft_saved_gives_the_same_logits_here(case, tmp_path):
     variant, settings = THEIRS[case]
     make(variant).save_pretrained(tmp_path / "hf")
     theirs = get_peft_model(make(variant), LoraConfig(r=3, lora_alpha=8, init_lora_weights=False, **settings)).eval()
-    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)  # beside lm_head it would copy the base's weight
+    theirs.save_pretrained(tmp_path / "adapter")  # with the base's weight beside lm_head and embed_tokens
     ours = load_model(tmp_path / "hf", dtype="float32")
     plain = ours.logits(ours(TOKENS, BORDERS))
     load_adapter(ours, tmp_path / "adapter")
     expected = with_our_dt_limits(theirs)(TOKENS[None], use_cache=False).logits[0]
     assert relative(plain, expected) > 0.05, "the adapter must matter"
     assert relative(ours.eval().logits(ours(TOKENS, BORDERS)), expected) < 1e-4
+
+
+def test_a_weight_beside_the_adapter_that_is_not_the_bases_is_refused(tmp_path):
+    make("llama").to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    theirs = get_peft_model(make("llama").to(torch.bfloat16), LoraConfig(r=3, target_modules=["embed_tokens", "lm_head"]))
+    theirs.save_pretrained(tmp_path / "adapter")
+    shard = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(shard)
+    copied = sorted(key for key in tensors if key.endswith(".base_layer.weight"))
+    assert copied == ["base_model.model.lm_head.base_layer.weight", "base_model.model.model.embed_tokens.base_layer.weight"]
+    load_adapter(load_model(tmp_path / "hf", dtype="float32"), tmp_path / "adapter")
+    tensors[copied[1]][5, 5] *= 2
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens: adapter_model\.safetensors has a weight of it that is not the base's"):
+        load_adapter(load_model(tmp_path / "hf", dtype="float32"), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -23,10 +23,12 @@ from nemotune.lora.layers import LoRAEmbedding, LoRAExperts, lora_modules, scale
 from nemotune.lora.peft_form import SUFFIXES, named_modules, peft_config, peft_keys, read_peft_config, spellings, unplaced_parameters
 from nemotune.lora.targets import adaptable_modules, apply_lora, module_settings, refuse_shared_embeddings
 from nemotune.models.base import CausalLM
+from nemotune.models.loading import disk_pieces
 from nemotune.recipe import Lora
 from nemotune.weights import TensorInfo, WritePlan, write_checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+COPY = ".base_layer.weight"  # of embeddings and a head that are adapted: PEFT keeps the base's beside the adapter
 OUT_PROJ_NOTE = "PEFT refuses Mamba's out_proj, which this adapter has: it loads in nemotune and merges"
 
 
@@ -122,6 +124,9 @@ def read_adapter(directory: Path, model: CausalLM) -> Adapter:
             pairs[name] = _unflattened(A, B, module)
             if config.use_dora:
                 magnitudes[name] = found["lora_magnitude_vector"]
+        copied = _take(tensors, [key + COPY for key in keys])
+        if copied is not None and not _is_of_the_base(copied, name, model):
+            problems.append(f"{name}: {WEIGHTS} has a weight of it that is not the base's")
     problems += [f"{key}: no module that {CONFIG} names has this tensor" for key in tensors]
     if problems or not pairs:
         listed = "\n  ".join(problems[:8] or [f"{CONFIG} names no module of it"])
@@ -140,6 +145,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _take(tensors: dict[str, Tensor], keys: list[str]) -> Tensor | None:
     return next((tensors.pop(key) for key in keys if key in tensors), None)
+
+
+def _is_of_the_base(copied: Tensor, name: str, model: CausalLM) -> bool:
+    """Whether `copied` is what the base has on disk for the weight of module `name`, in the dtype that PEFT loaded it in."""
+    weight = getattr(model.get_submodule(name), "weight", None)
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight}  # a tied head has two
+    for disk_name, (held, _) in disk_pieces(model):
+        if held in names and model.source is not None:
+            return torch.equal(copied, model.source.read(disk_name).to(copied.dtype))
+    return False
 
 
 def _flat_shapes(module: nn.Module, rank: int, *, dora: bool) -> dict[str, tuple[int, ...]]:
