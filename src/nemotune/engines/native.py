@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemotune.data.prepare import Prepared
 from nemotune.data.template import Renderer
+from nemotune.errors import UnsupportedError
 from nemotune.files import read_json, staged_directory, write_json
 from nemotune.lora import apply_lora, coverage, save_adapter
 from nemotune.models import CausalLM, load_model, load_tokenizer, locate, read_config, save_model
@@ -28,12 +29,9 @@ def train(
 ) -> TrainResult:
     """Train as `recipe` says, until `deadline` at most, and save the outcome in `run_dir`."""
     tokenizer, settings = conversation(recipe)  # first: what is wrong with them is told before the training, not after it
-    device = default_device()
-    base = recipe.model
-    model = load_model(
-        base.path, dtype=base.dtype, revision=base.revision, device=device, quantization=base.quantization, trainable=recipe.method != "lora",
-        random_seed=recipe.train.seed if base.weights == "random" else None,
-    )  # fmt: skip
+    model = load_base(
+        recipe, trainable=recipe.method != "lora", random_seed=recipe.train.seed if recipe.model.weights == "random" else None
+    )
     keys = apply_lora(model, recipe.lora, seed=recipe.train.seed) if recipe.method == "lora" else None
     write_json(run_dir / "coverage.json", coverage(model).to_json())
     result = run_training(
@@ -46,6 +44,24 @@ def train(
         tokenizer.save_pretrained(aside)
         write_json(aside / GENERATION_FILE, settings)
     return result
+
+
+def require_device(recipe: Recipe) -> None:
+    """Raises UnsupportedError for what takes a GPU where there is none."""
+    if recipe.model.offload != "none" and default_device() == "cpu":
+        raise UnsupportedError(
+            f"model.offload: got '{recipe.model.offload}', which spares a GPU's memory, and torch sees no GPU here; use model.offload=none"
+        )
+
+
+def load_base(recipe: Recipe, *, trainable: bool = False, random_seed: int | None = None) -> CausalLM:
+    """The base as `recipe.model` says, where it computes. Raises what `require_device` does."""
+    require_device(recipe)
+    base = recipe.model
+    return load_model(
+        base.path, dtype=base.dtype, revision=base.revision, device=default_device(), quantization=base.quantization, offload=base.offload,
+        trainable=trainable, random_seed=random_seed,
+    )  # fmt: skip
 
 
 def trained_name(recipe: Recipe) -> str:

@@ -31,7 +31,7 @@ class LoRALayer(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = scale(lora)
         self.probability, self.keys, self.module_id = lora.dropout, keys, zlib.crc32(name.encode())
-        self._make(lora.rank, next(chain(base.parameters(), base.buffers())).device)
+        self._make(lora.rank, base.device if isinstance(base, GroupedLinear) else next(chain(base.parameters(), base.buffers())).device)
         if not any(parameter.is_meta for parameter in self.parameters(recurse=False)):
             # the same for a module under any order of modules; 32 bits are all that a generator takes
             self._draw(torch.Generator().manual_seed(zlib.crc32(self.module_id.to_bytes(4, "big"), seed)))

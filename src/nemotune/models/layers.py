@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from nemotune.models.cache import KVState
 from nemotune.ops.attention import attention_step, varlen_attention
 from nemotune.ops.documents import Documents
-from nemotune.ops.experts import Dispatch, grouped_linear
+from nemotune.ops.experts import Dispatch, frozen_grouped_linear, grouped_linear
 from nemotune.ops.norm import rms_norm
 
 
@@ -23,13 +26,27 @@ class Linear(nn.Linear):
 class GroupedLinear(nn.Module):
     """One linear layer per expert, `weight` [E, out, in], over rows sorted by expert."""
 
+    lent: Any = None  # offload.Lent: gives the tensors on the device, one call at a time, where the module's own lie on the host
+
     def __init__(self, num_experts: int, in_features: int, out_features: int):
         super().__init__()
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
 
     def forward(self, x_MI: Tensor, sent: Dispatch) -> Tensor:
-        return grouped_linear(x_MI, self.weight, sent.ends_E)
+        if self.lent is None:
+            return grouped_linear(x_MI, self.weight, sent.ends_E)
+        return frozen_grouped_linear(x_MI, sent.ends_E, self.lent_weights)
+
+    def lent_weights(self, rows_M: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
+        """As `frozen_grouped_linear` asks for them."""
+        (weight_EOI,) = self.lent()
+        return weight_EOI.to(rows_M.dtype), ends_E
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.lent.device if self.lent else next(chain(self.parameters(), self.buffers())).device
 
 
 class RMSNorm(nn.Module):

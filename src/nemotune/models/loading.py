@@ -22,6 +22,7 @@ from nemotune.models.initialize import initialize
 from nemotune.models.llama import Llama
 from nemotune.models.locate import locate
 from nemotune.models.nemotron_h import NemotronH
+from nemotune.models.offload import expert_weights, offload_experts
 from nemotune.models.quantize import is_quantized, quantize_modules
 from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
 from nemotune.weights.dtypes import NAMES
@@ -34,6 +35,7 @@ SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "LICENSE*", "NOTICE*
 
 Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["none", "nf4"]
+Offload = Literal["none", "experts"]
 
 
 def build_model(config: NemotronHConfig | LlamaConfig) -> CausalLM:
@@ -52,6 +54,7 @@ def load_model(
     revision: str | None = None,
     device: str = "cpu",
     quantization: Quantization = "none",
+    offload: Offload = "none",
     trainable: bool = False,
     random_seed: int | None = None,
 ) -> CausalLM:
@@ -59,9 +62,11 @@ def load_model(
 
     It is in evaluation mode. Weights are held in `dtype`, in fp32 where the family asks for it and everywhere if `trainable`; with
     `quantization` nf4 the linear layers and experts are quantised as they are read (quantize.py). With `random_seed` the weights are
-    drawn instead, and the directory needs no shards. Raises MissingFileError, CheckpointError.
+    drawn instead, and the directory needs no shards. With `offload` experts lie on the host and are lent to `device` (offload.py).
+    Raises MissingFileError, CheckpointError, and RecipeError for an offload of experts that are not there.
     """
     assert quantization == "none" or not (trainable or random_seed is not None), "NF4 is for frozen weights that were read"
+    assert offload == "none" or not trainable, "what is lent is frozen"
     directory = locate(path, revision, weights=random_seed is None)
     config = read_config(directory)
     model = build_model(config)
@@ -71,13 +76,15 @@ def load_model(
         model.source = Checkpoint(directory)
         check_weights(model, model.source)
     wanted = _state(model)
-    quantized = quantize_modules(model, device=device) if quantization == "nf4" else {}
+    on_host = expert_weights(model) if offload == "experts" else set()
+    quantized = quantize_modules(model, device=device, experts_device="cpu" if on_host else None) if quantization == "nf4" else {}
     for name, meta in wanted.items():
         if name in quantized:
             for piece, value in _stored(name, meta.shape, model):
-                quantized[name].fill(value, piece.index)
+                quantized[name].fill(value.to(device), piece.index)
             continue
-        tensor = torch.empty(meta.shape, dtype=torch.float32 if model.stays_fp32(name) else held_dtype, device=device)
+        where = "cpu" if name in on_host else device
+        tensor = torch.empty(meta.shape, dtype=torch.float32 if model.stays_fp32(name) else held_dtype, device=where)
         if model.source is not None:
             for piece, value in _stored(name, meta.shape, model):
                 (tensor if piece.index is None else tensor[piece.index]).copy_(value)
@@ -88,6 +95,8 @@ def load_model(
         model.tie_head()
     if random_seed is not None:
         initialize(model, seed=random_seed)
+    if on_host:
+        offload_experts(model, device)
     return model.requires_grad_(trainable).eval()
 
 

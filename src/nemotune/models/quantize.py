@@ -35,9 +35,9 @@ class _Quantized(nn.Module):
 
     @torch.no_grad()
     def fill(self, weight_OI: Tensor, index: int | None) -> None:
-        """Quantise one matrix, where it lies, into its place."""
+        """Quantise one matrix where it lies, and copy it into its place."""
         place = self.quantized if index is None else self.quantized.at(index)
-        for field, value in zip(place, nf4.quantize(weight_OI.to(place.codes.device)), strict=True):
+        for field, value in zip(place, nf4.quantize(weight_OI), strict=True):
             field.copy_(value)
 
 
@@ -64,16 +64,26 @@ class NF4GroupedLinear(GroupedLinear, _Quantized):
         self.hold((self.num_experts, self.out_features, self.in_features), device)
 
     def forward(self, x_MI: Tensor, sent: Dispatch) -> Tensor:
-        return nf4_grouped_linear(x_MI, self.quantized, self.shape, sent.ends_E)
+        if self.lent is None:
+            return nf4_grouped_linear(x_MI, self.quantized, self.shape, sent.ends_E)
+        return super().forward(x_MI, sent)
+
+    def lent_weights(self, rows_M: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
+        return nf4.reached(NF4(*self.lent()), self.shape, rows_M, ends_E)
 
 
-def quantize_modules(model: CausalLM, *, device: torch.device | str | None = None) -> dict[str, NF4Linear | NF4GroupedLinear]:
-    """Replace every module of `model` that NF4 can hold, empty, by the name of its weight. The others keep their width."""
+def quantize_modules(
+    model: CausalLM, *, device: torch.device | str | None = None, experts_device: torch.device | str | None = None
+) -> dict[str, NF4Linear | NF4GroupedLinear]:
+    """Replace every module of `model` that NF4 can hold, empty, by the name of its weight. The others keep their width.
+
+    Experts lie on `experts_device` if one is given.
+    """
     replaced: dict[str, NF4Linear | NF4GroupedLinear] = {}
     for name, module in list(model.named_modules()):
         if not name or module is model.lm_head or not _fits(module):
             continue
-        form = NF4GroupedLinear(module, device) if isinstance(module, GroupedLinear) else NF4Linear(module, device)
+        form = NF4GroupedLinear(module, experts_device or device) if isinstance(module, GroupedLinear) else NF4Linear(module, device)
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, form)
         replaced[f"{name}.weight"] = form

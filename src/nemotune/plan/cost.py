@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from rich.filesize import decimal
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotune.lora import Coverage, apply_lora, coverage
 from nemotune.models import CausalLM, build_model, locate, read_config
+from nemotune.models.offload import BUFFERS, expert_blocks
 from nemotune.models.quantize import quantize_modules
 from nemotune.plan.activations import Activations
 from nemotune.recipe import Recipe
@@ -25,12 +26,14 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # two moments per trained param
 class Cost:
     """Bytes of weights as held (frozen ones in model.dtype, trained ones fp32), gradients and optimiser state; parameter counts.
 
+    Experts that are offloaded are `host_bytes`; of them, `weight_bytes` has the two blocks' that are lent to the device.
     `activation_bytes` estimates what a step's micro batch of `tokens` takes on top, at its peak.
     """
 
     coverage: Coverage
     trained_parameters: int
     weight_bytes: int
+    host_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
@@ -52,6 +55,7 @@ def estimate(recipe: Recipe, *, device: str = "cuda") -> Cost:
     if recipe.model.quantization == "nf4":
         quantize_modules(model, device="meta")
     model.requires_grad_(recipe.method != "lora")
+    lent, on_host = _experts_bytes(model, recipe) if recipe.model.offload == "experts" else (0, 0)
     if recipe.method == "lora":
         apply_lora(model, recipe.lora)
     trained, covered = sum(p.numel() for p in model.parameters() if p.requires_grad), coverage(model)
@@ -63,7 +67,8 @@ def estimate(recipe: Recipe, *, device: str = "cuda") -> Cost:
     return Cost(
         coverage=covered,
         trained_parameters=trained,
-        weight_bytes=sum(_held_bytes(name, tensor, model, recipe) for name, tensor in held_tensors(model)),
+        weight_bytes=sum(_held_bytes(name, tensor, model, recipe) for name, tensor in held_tensors(model)) - on_host + lent,
+        host_bytes=on_host,
         gradient_bytes=trained * 4,
         optimizer_bytes=trained * OPTIMIZER_BYTES[recipe.train.optimizer],
         activation_bytes=activations.peak_bytes(tokens),
@@ -71,7 +76,16 @@ def estimate(recipe: Recipe, *, device: str = "cuda") -> Cost:
     )
 
 
-def held_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+def _experts_bytes(model: CausalLM, recipe: Recipe) -> tuple[int, int]:
+    """Of frozen experts in host memory: the device's buffers, and all of them."""
+    blocks = [
+        sum(_held_bytes(f".{name}", tensor, model, recipe) for module in modules for name, tensor in held_tensors(module))
+        for modules in expert_blocks(model)
+    ]
+    return sum(blocks[:BUFFERS]), sum(blocks)
+
+
+def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Everything that stays in memory, by name: parameters, once each, and buffers."""
     yield from model.named_parameters()
     yield from model.named_buffers()
@@ -97,6 +111,8 @@ def cost_line(cost: Cost) -> str:
         "together": cost.total_bytes,
     }
     held = ", ".join(f"{what} {decimal(size, precision=1)}" for what, size in parts.items())
+    if cost.host_bytes:
+        held += f"; experts in host memory {decimal(cost.host_bytes, precision=1)}"
     return (
         f"Memory before activations: {held}\nA step of up to {cost.tokens:,} tokens at a time takes an estimated "
         f"{decimal(cost.activation_bytes, precision=1)} more on a GPU: {decimal(cost.peak_bytes, precision=1)} at its peak"

@@ -67,6 +67,7 @@ class Model(Section):
     weights: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     quantization: Literal["none", "nf4"] = "none"
+    offload: Literal["none", "experts"] = "none"  # what lies in host memory and is lent to the GPU
 
 
 class Data(Section):
@@ -230,6 +231,10 @@ class Recipe(Section):
         if self.method != "lora" and self.model.quantization != "none":
             problems.append(
                 f"model.quantization: got '{self.model.quantization}', expected none for method: {self.method} (only LoRA leaves the base frozen)"
+            )
+        if self.method != "lora" and self.model.offload != "none":
+            problems.append(
+                f"model.offload: got '{self.model.offload}', expected none for method: {self.method} (only LoRA leaves experts frozen)"
             )
         if self.data.overflow == "split" and self.data.format != "text":
             problems.append(

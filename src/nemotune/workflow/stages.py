@@ -41,6 +41,7 @@ def run(
     deadline = Deadline.of(recipe, started=started)
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
     console.rule(escape(f"{recipe.name} in {run_dir}"), align="left")
+    native.require_device(recipe)
     estimate(recipe)  # a target or a config that does not fit is told before the rows are read
     prepared = _prepare(recipe, run_dir, show=0, overwrite=overwrite, console=console)
     plan(recipe, console=console)
@@ -79,6 +80,7 @@ def train(
         return
     deadline = Deadline.of(recipe, started=started)
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
+    native.require_device(recipe)
     estimate(recipe)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
@@ -107,13 +109,13 @@ def evaluate(recipe: Recipe, *, run_dir: Path, overwrite: bool, dry_run: bool, c
             return run_evaluation(model.eval(), tokenizer, recipe, prepared, label=label, out_dir=aside)
 
         if recipe.method == "lora":
-            model = _base(recipe)
+            model = native.load_base(recipe)
             if baseline:
                 ask(model, "base")
             load_adapter(model, trained)
         else:
             if baseline:
-                ask(_base(recipe), "base")
+                ask(native.load_base(recipe), "base")
             model = load_model(trained, dtype=recipe.model.dtype, device=native.default_device())
         summary = ask(model, "tuned")
         compared = compare_files(aside, seed=recipe.train.seed) if baseline else None
@@ -202,11 +204,6 @@ def _refuse_target(target: Path) -> None:
         raise ConflictError(
             f"--output: {target} holds no model (no config.json), so --overwrite does not replace it; name another directory"
         )
-
-
-def _base(recipe: Recipe) -> CausalLM:
-    base = recipe.model
-    return load_model(base.path, dtype=base.dtype, revision=base.revision, device=native.default_device(), quantization=base.quantization)
 
 
 def _prepared(run_dir: Path) -> Prepared:

@@ -11,6 +11,7 @@ from random_models import make
 
 from nemotune.lora import apply_lora
 from nemotune.models import load_model
+from nemotune.models.offload import expert_blocks
 from nemotune.plan.cost import cost_line, estimate
 from nemotune.recipe import Recipe
 
@@ -58,6 +59,19 @@ def test_weights_cost_what_a_loaded_model_holds(tmp_path, variant, quantization)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_offloaded_experts_cost_two_blocks_on_the_device_and_all_of_them_on_the_host(tmp_path, quantization):
+    make("grouped_router").save_pretrained(tmp_path / "hf")  # three blocks of experts
+    asked = recipe(tmp_path / "hf", model={"path": str(tmp_path / "hf"), "quantization": quantization, "offload": "experts"})
+    cost, model = estimate(asked), load_model(tmp_path / "hf", quantization=quantization, offload="experts")
+    lender = expert_blocks(model)[0][0].lent.lender
+    apply_lora(model, asked.lora)
+    on_host = sum(t.nbytes for tensors in lender.host for t in tensors)
+    buffers = sum(t.nbytes for buffer in lender.buffers for t in buffer.tensors)
+    assert (cost.host_bytes, cost.weight_bytes) == (on_host, held_bytes(model) - on_host + buffers) and buffers * 3 == on_host * 2
+    assert f"; experts in host memory {on_host / 1000:.1f} kB" in cost_line(cost)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_magnitudes_of_dora_are_counted(hybrid, quantization):
     model = {"path": str(hybrid), "dtype": "bfloat16", "quantization": quantization}
     asked = recipe(hybrid, model=model, lora={"rank": 4, "dora": True, "targets": ["attention", "mlp"]})
@@ -76,6 +90,19 @@ def test_nano_30b_at_four_bits_leaves_room_on_24_gb(tmp_path):
     cost = estimate(recipe(tmp_path, model={"path": str(tmp_path), "quantization": "nf4"}, lora=lora, train={"optimizer": "adamw_8bit"}))
     assert cost.coverage.base_parameters == 31_577_937_344
     assert cost.total_bytes == 17_487_630_876  # 6.5 GB are left for activations
+
+
+@pytest.mark.skipif(not DATA, reason="NEMOTUNE_TEST_DATA is not set")
+def test_nano_30b_with_its_experts_on_the_host_is_told(tmp_path):
+    source = Path(DATA) / "data/nemotron/configs/NVIDIA-Nemotron-3-Nano-30B-A3B.config.VERBATIM.json"
+    (tmp_path / "config.json").write_bytes(source.read_bytes())
+    lora, train = {"rank": 16, "targets": ["attention", "mamba", "shared_experts"]}, {"optimizer": "adamw_8bit"}
+    told = (Path(__file__).parents[3] / "docs" / "lora.md").read_text()
+    for quantization in ("nf4", "none"):
+        cost = estimate(
+            recipe(tmp_path, model={"path": str(tmp_path), "quantization": quantization, "offload": "experts"}, lora=lora, train=train)
+        )
+        assert f"{cost.total_bytes:,} bytes on the GPU and {cost.host_bytes:,} in host memory" in told
 
 
 def test_full_tuning_costs_fp32_everywhere(hybrid):

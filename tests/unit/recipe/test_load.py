@@ -180,6 +180,7 @@ def test_rows_given_as_a_mapping_are_judged_as_a_mapping() -> None:
         (["data.validation=0.6", "data.test=0.5"], "data.validation + data.test: got 1.1"),
         (["train.micro_batch_size=3", "train.global_batch_size=4"], "train.global_batch_size: got 4, expected a multiple of"),
         (["method=full", "model.quantization=nf4"], "model.quantization: got 'nf4', expected none for method: full"),
+        (["method=full", "model.offload=experts"], "model.offload: got 'experts', expected none for method: full"),
         (["train.eval_every=5", "data.validation=null"], "train.eval_every: needs data.validation"),
     ],
 )

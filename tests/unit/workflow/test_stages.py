@@ -91,7 +91,8 @@ def test_an_evaluation_holds_one_model_at_a_time(tmp_path, monkeypatch, trained_
         (out_dir / f"{label}.jsonl").touch()
         return {}
 
-    monkeypatch.setattr(stages, "load_model", load_model)
+    for module in (stages, stages.native):
+        monkeypatch.setattr(module, "load_model", load_model)
     monkeypatch.setattr(stages, "load_adapter", lambda model, directory: None)
     monkeypatch.setattr(stages, "run_evaluation", run_evaluation)
     monkeypatch.setattr(stages, "compare_files", lambda directory, seed: {"tasks": {}})
@@ -109,7 +110,7 @@ def test_an_evaluation_that_breaks_off_leaves_the_earlier_one(recipe, tmp_path, 
         (out_dir / "base.jsonl").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "load_model", lambda path, **settings: SimpleNamespace(eval=lambda: None))
+    monkeypatch.setattr(stages.native, "load_model", lambda path, **settings: SimpleNamespace(eval=lambda: None))
     monkeypatch.setattr(stages, "run_evaluation", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stages.evaluate(recipe, **options(tmp_path / "run", overwrite=True))
