@@ -1,31 +1,26 @@
 """Checkpoints of a run: trained parameters, optimiser state and where the run stands, whole or absent.
 
-`checkpoints/step_000200/` holds torch.distributed.checkpoint files and `trainer.json`. A checkpoint is written aside and renamed;
-`latest` and `best` are files that hold a name. A directory without its last-written file is not a checkpoint.
+`checkpoints/step_000200/` holds torch.distributed.checkpoint files (`state.py`) and `trainer.json`, and is written aside and renamed. Which
+one is the best is in `trainer.json`; a directory that lost one of its files is no checkpoint, counts as none and is not deleted.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import shutil
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from nemotune.errors import CheckpointError
-from nemotune.files import atomic_file, staged_directory, write_json
+from nemotune.files import staged_directory, write_json
 from nemotune.models import CausalLM
+from nemotune.train.state import METADATA, load_state, save_state
 from nemotune.train.step import StepResult
 
-TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+PROGRESS = "trainer.json"
 
 
 @dataclass(frozen=True)
@@ -39,6 +34,7 @@ class Progress:
     usual_losses: tuple[float, ...] = ()  # with `spikes`, what the spike guard goes by
     spikes: int = 0
     best_loss: float | None = None
+    best_step: int | None = None  # of the checkpoint that has it
     evaluations_without_better: int = 0
 
     def after_step(self, result: StepResult, *, usual_losses: Iterable[float], spikes: int) -> Progress:
@@ -59,94 +55,81 @@ class Progress:
     def after_evaluation(self, loss: float, *, better: bool) -> Progress:
         """The progress with one more validation counted."""
         if better:
-            return replace(self, best_loss=loss, evaluations_without_better=0)
+            return replace(self, best_loss=loss, best_step=self.step, evaluations_without_better=0)
         return replace(self, evaluations_without_better=self.evaluations_without_better + 1)
+
+    def without_best(self) -> Progress:
+        """The progress as if no validation had been."""
+        return replace(self, best_loss=None, best_step=None, evaluations_without_better=0)
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; at most `keep`, plus the best."""
+    """The checkpoints of one run directory: the newest `keep`, and the best."""
 
     def __init__(self, run_dir: Path, *, keep: int):
         self.directory, self.keep = run_dir / "checkpoints", keep
 
-    def save(self, model: CausalLM, optimizer: Optimizer, progress: Progress, *, best: bool = False) -> None:
-        """Write the checkpoint of `progress.step`, point `latest` (and `best`) at it, drop the oldest over `keep`."""
-        name = _name(progress.step)
-        with staged_directory(self.directory / name, overwrite=True) as aside:
-            with _quiet():
-                _save(_state(model, optimizer), aside)
-            write_json(aside / "trainer.json", asdict(progress))
-        for pointer in ("latest", "best") if best else ("latest",):
-            with atomic_file(self.directory / pointer) as file:
-                file.write_text(name + "\n", encoding="utf-8")
-        self._drop_old()
-
-    def has(self, step: int) -> bool:
-        """Whether there is one of this step."""
-        return (self.directory / _name(step) / "trainer.json").is_file()
-
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
-        whole = [path for path in self.directory.glob("step_*") if (path / "trainer.json").is_file() and (path / ".metadata").is_file()]
-        return max(whole, default=None)
-
-    def best(self) -> Path | None:
-        """The checkpoint with the lowest validation loss, or None where there was no validation. Raises CheckpointError."""
-        pointer = self.directory / "best"
-        if not pointer.is_file():
-            return None
-        path = self.directory / pointer.read_text(encoding="utf-8").strip()
-        if not (path / "trainer.json").is_file():
-            raise CheckpointError(
-                f"{pointer}: names {path.name}, which is no checkpoint; delete it to keep the last weights instead of the best"
-            )
-        return path
-
-    def load(self, path: Path, model: CausalLM, optimizer: Optimizer) -> Progress:
-        """Restore the trained parameters and the optimiser from `path`. Raises CheckpointError where it does not fit the run."""
-        state = _state(model, optimizer)
-        try:
-            with _quiet():
-                dcp.load(state, checkpoint_id=str(path), no_dist=True)
-            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
-            progress = Progress(**json.loads((path / "trainer.json").read_text(encoding="utf-8")))
-            return replace(progress, usual_losses=tuple(progress.usual_losses))  # JSON has lists
-        except (RuntimeError, ValueError, OSError, KeyError, dcp.api.CheckpointException) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise CheckpointError(
-                f"{path}: cannot be resumed from ({reason}); delete it to go on from the one before, or start with --overwrite"
-            ) from error
-
-    def _drop_old(self) -> None:
-        best = self.best()
-        for path in sorted(self.directory.glob("step_*"))[: -self.keep]:
+    def save(self, model: CausalLM, optimizer: Optimizer, progress: Progress) -> None:
+        """Write the checkpoint of `progress.step`, then drop the oldest over `keep` but for the best."""
+        with staged_directory(self._path(progress.step), overwrite=True) as aside:
+            save_state(model, optimizer, aside)
+            write_json(aside / PROGRESS, asdict(progress))
+        best = self.best(progress)
+        for path in self._whole()[: -self.keep]:
             if path != best:
                 shutil.rmtree(path)
 
+    def has(self, step: int) -> bool:
+        """Whether there is one of this step."""
+        return _is_whole(self._path(step))
 
-def _name(step: int) -> str:
-    return f"step_{step:06}"
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, or None where none was saved. Raises CheckpointError where some were and none is whole."""
+        if whole := self._whole():
+            return whole[-1]
+        if found := self._saved():
+            names = ", ".join(path.name for path in found)
+            raise CheckpointError(
+                f"{self.directory}: got {names}, none with both {PROGRESS} and {METADATA}, so none can be resumed from; "
+                "put back a copy, or start again with --overwrite"
+            )
+        return None
+
+    def best(self, progress: Progress) -> Path | None:
+        """The checkpoint with the lowest validation loss, or None where there was no validation or it is gone."""
+        return self._path(progress.best_step) if progress.best_step is not None and self.has(progress.best_step) else None
+
+    def load(self, path: Path, model: CausalLM, optimizer: Optimizer) -> Progress:
+        """Restore the trained parameters and the optimiser from `path`. Raises CheckpointError where it does not fit the run."""
+        try:
+            progress = _read_progress(path / PROGRESS)
+            load_state(model, optimizer, path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be resumed from ({error}); delete it to go on from the one before, or start with --overwrite"
+            ) from error
+        return progress
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step_{step:06}"
+
+    def _saved(self) -> list[Path]:
+        """Every directory of a step, oldest first: six digits are the least, not the most."""
+        found = [path for path in self.directory.glob("step_*") if path.name[5:].isdigit()]
+        return sorted(found, key=lambda path: int(path.name[5:]))
+
+    def _whole(self) -> list[Path]:
+        return [path for path in self._saved() if _is_whole(path)]
 
 
-def _save(state: dict[str, Any], directory: Path) -> None:
-    try:
-        dcp.save(state, checkpoint_id=str(directory), no_dist=True)
-    except dcp.api.CheckpointException as error:  # it wraps each process's own error: here there is one
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, RuntimeError) and "inline_container" in str(cause):  # torch's zip writer hides that the disk is full
-            raise OSError(errno.ENOSPC, str(cause)) from error
-        raise cause from error
+def _is_whole(path: Path) -> bool:
+    return (path / PROGRESS).is_file() and (path / METADATA).is_file()
 
 
-def _state(model: CausalLM, optimizer: Optimizer) -> dict[str, Any]:
-    parameters, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    return {"model": {name: value for name, value in parameters.items() if name in trained}, "optimizer": moments}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.distributed.checkpoint warns that it runs in one process: so it is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch.distributed.*")
-        yield
+def _read_progress(path: Path) -> Progress:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or "step" not in found:
+        raise ValueError(f"{path.name} does not say after which step it was written")
+    if unknown := found.keys() - {field.name for field in fields(Progress)}:
+        raise ValueError(f"{path.name} has {', '.join(sorted(unknown))}: another version of nemotune wrote it")
+    return Progress(**{**found, "usual_losses": tuple(found.get("usual_losses", ()))})  # JSON has lists

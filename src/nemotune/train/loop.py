@@ -124,7 +124,7 @@ class Loop:
             self.liveness.judge()
         every = self.recipe.train.checkpoint_every
         if better or ends or (every and self.progress.step % every == 0):
-            self._save(best=better)
+            self._save()
 
     def stop_at_deadline(self) -> None:
         """Judge, record and save what the deadline ended. Raises TrainingError where it left no time for a first step."""
@@ -152,7 +152,7 @@ class Loop:
         due = self.held_out.is_due(self.progress.step + 1)
         return {"checkpoint_bytes": 12.0 * trained, "validation_steps": self.held_out.steps if due else 0.0}  # fp32: weight, two moments
 
-    def _save(self, *, best: bool = False) -> None:
+    def _save(self) -> None:
         self.metrics.sync()
         with self.deadline.watch("checkpoint"):
-            self.checkpoints.save(self.model, self.optimizer, self.progress, best=best)
+            self.checkpoints.save(self.model, self.optimizer, self.progress)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from rich.console import Console
+from torch.optim import Optimizer
 
 from nemotune.data.loader import Loader
 from nemotune.data.split import Split
@@ -72,10 +72,7 @@ def run(
         console.print(said)
     set_activation_checkpointing(model, settings.activation_checkpointing)
     checkpoints = Checkpoints(run_dir, keep=settings.keep_checkpoints)
-    progress = Progress()
-    if resume and (newest := checkpoints.latest()):
-        progress = checkpoints.load(newest, model, optimizer)
-        console.print(f"resumed after step {progress.step} from {newest}", markup=False)
+    progress = _resume(model, optimizer, checkpoints, console=console) if resume else Progress()
     console.print(audit_precision(model, optimizer, recipe), highlight=False, soft_wrap=True)
     console.print(str(kernels(model.device, model.compute_dtype, model.config.head_dim)), highlight=False, soft_wrap=True, markup=False)
 
@@ -99,7 +96,7 @@ def run(
     loop.say_what_was_seen()
     ended: Ended = "stopped at the deadline" if deadline.has_stopped else "stopped early" if loop.has_stopped_early else "finished"
     reached = loop.progress
-    return TrainResult(reached.step, loop.loss, reached.best_loss, _keep_best(model, optimizer, checkpoints), ended)
+    return TrainResult(reached.step, loop.loss, reached.best_loss, _keep_best(model, optimizer, checkpoints, reached), ended)
 
 
 def count_steps(steps_per_epoch: int, recipe: Recipe) -> int:
@@ -110,9 +107,22 @@ def count_steps(steps_per_epoch: int, recipe: Recipe) -> int:
     return min(steps, recipe.train.max_steps or steps)
 
 
-def _keep_best(model: CausalLM, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints) -> str:
+def _resume(model: CausalLM, optimizer: Optimizer, checkpoints: Checkpoints, *, console: Console) -> Progress:
+    """Restore the newest checkpoint; where it knows of a best one that is not there, the best counts anew."""
+    newest = checkpoints.latest()
+    if newest is None:
+        return Progress()
+    progress = checkpoints.load(newest, model, optimizer)
+    console.print(f"resumed after step {progress.step} from {newest}", markup=False)
+    if progress.best_loss is not None and checkpoints.best(progress) is None:
+        console.print(f"no checkpoint is left of the lowest validation loss so far, {progress.best_loss:.4f}: it counts anew from here")
+        return progress.without_best()
+    return progress
+
+
+def _keep_best(model: CausalLM, optimizer: Optimizer, checkpoints: Checkpoints, progress: Progress) -> str:
     """Give the model the weights of the lowest validation loss; without a validation the last ones stay."""
-    best = checkpoints.best()
+    best = checkpoints.best(progress)
     if best is None:
         return "last"
     checkpoints.load(best, model, optimizer)

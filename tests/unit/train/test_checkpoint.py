@@ -1,16 +1,25 @@
-"""What a checkpoint of a run holds."""
+"""What a checkpoint of a run holds, which one is the newest, and that reading one runs no code."""
 
 from __future__ import annotations
 
+import logging
+import os
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
 from torch.distributed.checkpoint import FileSystemReader
 from toy_split import ToySplit
 
 from nemotune.data.loader import Loader
+from nemotune.errors import CheckpointError
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
 from nemotune.recipe import Lora, Train
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.optim import make_optimizer
+from nemotune.train.state import load_metadata
 from nemotune.train.step import accumulate
 
 
@@ -27,3 +36,99 @@ def test_a_checkpoint_of_lora_holds_the_adapters_and_their_moments_alone(hybrid_
     assert {key.removeprefix("model.") for key in held if key.startswith("model.")} == adapters
     moments = {key.removeprefix("optimizer.state.") for key in held if key.startswith("optimizer.state.")}
     assert moments == {f"{name}.{moment}" for name in adapters for moment in ("exp_avg", "exp_avg_sq", "step")}
+
+
+class Command:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture
+def layer():
+    """A layer that took one step, and its optimiser."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    optimizer = make_optimizer(dict(layer.named_parameters()), Train())
+    layer(torch.ones(3)).sum().backward()
+    optimizer.step()
+    return layer, optimizer
+
+
+def damaged(error, path):
+    """The message about a checkpoint says why, and what to do."""
+    return rf"{path}: cannot be resumed from \({error}.*\); delete it to go on from the one before, or start with --overwrite"
+
+
+def test_metadata_that_would_run_code_are_refused_and_run_none(layer, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(*layer, Progress(step=1))
+    (checkpoints.latest() / ".metadata").write_bytes(pickle.dumps(Command(tmp_path / "run")))
+    with pytest.raises(CheckpointError, match=damaged(r"\.metadata names posix\.mkdir, which .* does not write", checkpoints.latest())):
+        checkpoints.load(checkpoints.latest(), *layer)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_entry_that_would_run_code_is_refused_and_runs_none(layer, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(*layer, Progress(step=1))
+    model, optimizer = layer
+    optimizer.param_groups[0]["lr"] = Command(tmp_path / "run")
+    checkpoints.save(model, optimizer, Progress(step=1))
+    optimizer.param_groups[0]["lr"] = 1e-3
+    with pytest.raises(CheckpointError, match=damaged("", checkpoints.latest())):
+        checkpoints.load(checkpoints.latest(), model, optimizer)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_classes_that_metadata_may_name_are_those_that_torch_writes(layer, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(*layer, Progress(step=1))
+    ours, theirs = load_metadata(checkpoints.latest()), FileSystemReader(checkpoints.latest()).read_metadata()
+    assert ours == replace(theirs, storage_meta=ours.storage_meta)  # which counts its readings
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40, 400, -1])
+def test_metadata_that_were_cut_off_are_named_in_one_line(layer, tmp_path, keep, capfd, caplog):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(*layer, Progress(step=1))
+    path = checkpoints.latest()
+    (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=damaged("", path)):
+        checkpoints.load(path, *layer)
+    assert capfd.readouterr() == ("", "") and not [record for record in caplog.records if record.levelno > logging.DEBUG]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"step": 1, "later_field": 1}'])
+def test_a_position_of_another_kind_is_named_and_nothing_is_loaded(layer, tmp_path, content):
+    model, optimizer = layer
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(model, optimizer, Progress(step=1))
+    (checkpoints.latest() / "trainer.json").write_text(content)
+    with torch.no_grad():
+        model.weight.zero_()
+    with pytest.raises(CheckpointError, match=damaged("", checkpoints.latest())) as error:
+        checkpoints.load(checkpoints.latest(), model, optimizer)
+    assert not model.weight.any()
+    assert "later_field" not in content or "trainer.json has later_field: another version" in str(error.value)
+
+
+def test_a_position_without_its_best_step_is_resumed_from(layer, tmp_path):
+    """As of versions that had it in a file `best`; the loop then says that the best counts anew."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(*layer, Progress(step=1))
+    position = checkpoints.latest() / "trainer.json"
+    position.write_text('{"step": 1, "best_loss": 2.0}')
+    progress = checkpoints.load(checkpoints.latest(), *layer)
+    assert progress == Progress(step=1, best_loss=2.0) and checkpoints.best(progress) is None
+
+
+def test_the_newest_is_that_of_the_most_steps_whatever_their_digits(layer, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (999_999, 1_000_000):
+        checkpoints.save(*layer, Progress(step=step))
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["step_1000000"] == [checkpoints.latest().name]

@@ -166,18 +166,19 @@ def test_the_best_checkpoint_is_kept_and_the_oldest_go(adapted, tmp_path):
     for step in range(1, 5):
         backward(model, keys, step=step)
         update(trainable(model).values(), optimizer, learning_rate=0.01, grad_norm=1.0, max_grad_norm=0.0)
-        checkpoints.save(model, optimizer, Progress(step=step), best=step == 1)
+        checkpoints.save(model, optimizer, Progress(step=step, best_loss=2.0, best_step=1))
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == ["step_000001", "step_000003", "step_000004"]
-    assert checkpoints.best().name == "step_000001" and checkpoints.latest().name == "step_000004"
+    first = checkpoints.best(Progress(best_step=1))
+    assert first.name == "step_000001" and checkpoints.latest().name == "step_000004"
     now = {name: p.detach().clone() for name, p in trainable(model).items()}
-    assert checkpoints.load(checkpoints.best(), model, optimizer) == Progress(step=1)
+    assert checkpoints.load(first, model, optimizer) == Progress(step=1, best_loss=2.0, best_step=1)
     assert any(not torch.equal(p, now[name]) for name, p in trainable(model).items())
     checkpoints.load(checkpoints.latest(), model, optimizer)
     assert all(torch.equal(p, now[name]) for name, p in trainable(model).items())
 
 
 def test_patience_counts_evaluations_since_the_best():
-    progress = Progress().after_evaluation(2.0, better=True).after_evaluation(3.0, better=False)
-    assert progress.best_loss == 2.0 and not progress.has_waited(2) and not progress.has_waited(None)
+    progress = Progress(step=4).after_evaluation(2.0, better=True).after_evaluation(3.0, better=False)
+    assert (progress.best_loss, progress.best_step) == (2.0, 4) and not progress.has_waited(2) and not progress.has_waited(None)
     assert progress.after_evaluation(2.5, better=False).has_waited(2)
     assert math.isclose(progress.after_evaluation(1.0, better=True).best_loss, 1.0)

@@ -15,7 +15,6 @@ from nemotune.evaluate.report import write_report
 from nemotune.lora import apply_lora, save_adapter
 from nemotune.models import load_model, load_tokenizer
 from nemotune.recipe import load
-from nemotune.train.checkpoint import Checkpoints
 from nemotune.workflow import stages
 from nemotune.workflow.run_dir import open_run
 
@@ -101,14 +100,6 @@ def test_a_broken_line_within_the_record_is_named(run_dir, line):
     record.write_bytes(line + b"\n" + record.read_bytes())
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 1: is no row .*; remove that line"):
         write_report(run_dir)
-
-
-def test_a_pointer_that_names_no_checkpoint_is_named(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    for content in ("", "step_000007\n"):
-        (tmp_path / "checkpoints" / "best").write_text(content)
-        with pytest.raises(CheckpointError, match=r"checkpoints/best: names .* no checkpoint.*; delete it"):
-            Checkpoints(tmp_path, keep=2).best()
 
 
 def test_a_line_cut_off_in_the_middle_of_a_character_is_named(run_dir):
