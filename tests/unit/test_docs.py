@@ -21,7 +21,7 @@ from nemotune.data.formats import FORMATS
 from nemotune.data.prepare import prepare
 from nemotune.data.preview import show
 from nemotune.evaluate import TASKS, compare, span_qa, tool_calls
-from nemotune.evaluate.compare import PRIMARY, RESAMPLES
+from nemotune.evaluate.compare import MIN_ROWS, PRIMARY, RESAMPLES
 from nemotune.evaluate.report import MEANINGS
 from nemotune.evaluate.rows import Row
 from nemotune.lora import apply_lora, coverage
@@ -231,7 +231,7 @@ def test_limits_of_answers_and_the_bootstrap_are_told():
     assert f"up to {tool_calls.MAX_NEW_TOKENS} tokens" in asked["tool_calls"]
     assert f"up to {span_qa.MAX_NEW_TOKENS} tokens" in asked["span_qa"]
     text = EVALUATION.read_text()
-    assert f"{RESAMPLES:,} times" in text
+    assert f"{RESAMPLES:,} times" in text and f"Under {MIN_ROWS} source rows: no interval" in text and f"At {MIN_ROWS} about" in text
     assert inspect.signature(compare).parameters["confidence"].default == 0.95 and "95 % interval" in text
 
 

@@ -18,16 +18,23 @@ from nemotune.evaluate.candidate import Candidate
 from nemotune.evaluate.likelihood import Query
 from nemotune.evaluate.rows import HeldOut, Row, groups_of
 
-__all__ = ["score"]
+__all__ = ["askable", "score"]
 
 
-def score(candidate: Candidate, held_out: HeldOut) -> list[Row]:
-    """One row per question. Raises DataError where no held-out row has options."""
+def askable(held_out: HeldOut, renderer: Renderer) -> list[Example]:
+    """The questions. Raises DataError where no held-out row has options, or the template puts reasoning before the letter."""
     examples = [example for example in held_out.examples if example.meta.get("options")]
     if not examples:
         raise DataError(
             "evaluate.tasks: multiple_choice needs rows with options, and none of the held-out rows has any; use data.format: medmcqa or another task"
         )
+    _queries(renderer, examples[0])
+    return examples
+
+
+def score(candidate: Candidate, held_out: HeldOut) -> list[Row]:
+    """One row per question. Raises DataError as `askable` does."""
+    examples = askable(held_out, candidate.renderer)
     queries = [_queries(candidate.renderer, example) for example in examples]
     answers = iter(candidate.log_probs([query for asked in queries for query in asked], what="multiple choice"))
     return [

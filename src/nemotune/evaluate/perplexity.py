@@ -10,21 +10,28 @@ from collections import Counter
 import numpy as np
 
 from nemotune.data.split import Document
+from nemotune.data.template import Renderer
 from nemotune.errors import DataError
 from nemotune.evaluate.candidate import Candidate
 from nemotune.evaluate.likelihood import Query
 from nemotune.evaluate.rows import HeldOut, Row, groups_of
 
-__all__ = ["score"]
+__all__ = ["askable", "score"]
 
 SHOWN_TOKENS = 200
 
 
-def score(candidate: Candidate, held_out: HeldOut) -> list[Row]:
-    """One row per document, weighted by its supervised tokens. Raises DataError where there are none."""
+def askable(held_out: HeldOut, renderer: Renderer) -> list[Document]:
+    """The documents with supervised tokens. Raises DataError where there are none."""
     documents = [document for document in held_out.documents if document.mask[1:].any()]
     if not documents:
         raise DataError("evaluate.tasks: perplexity needs supervised tokens, and the held-out rows have none; give data.test other rows")
+    return documents
+
+
+def score(candidate: Candidate, held_out: HeldOut) -> list[Row]:
+    """One row per document, weighted by its supervised tokens. Raises DataError as `askable` does."""
+    documents = askable(held_out, candidate.renderer)
     groups = {example.meta["row"]: groups_of(example) for example in held_out.examples}
     answers = candidate.log_probs([_query(document) for document in documents], what="perplexity")
     seen: Counter[int] = Counter()

@@ -18,7 +18,7 @@ from nemotune.evaluate.charts import Chart, line_chart
 from nemotune.evaluate.compare import judged_by, summarize
 from nemotune.evaluate.rows import Row, read_rows
 from nemotune.evaluate.samples import choose_samples
-from nemotune.evaluate.table import UNBOUNDED, direction, number
+from nemotune.evaluate.table import UNBOUNDED, direction, interval, number
 from nemotune.files import atomic_file, read_json
 from nemotune.train.metrics import read_metrics
 
@@ -72,7 +72,7 @@ def write_report(run_dir: Path) -> Path:
     page = _environment().get_template("report.html.jinja")
     text = page.render(
         record=record, recipe=record["recipe"], recipe_yaml=yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True),
-        comparison=comparison, intervals=_intervals(comparison), summary=summarize(tuned), kinds=choose_samples(base, tuned),
+        comparison=comparison, intervals=_intervals(comparison), summary=summarize(tuned), asked=_read_json(run_dir / "eval" / "asked.json"), kinds=choose_samples(base, tuned),
         loss_chart=_loss_chart(metrics), detail_charts=_detail_charts(metrics), last=_last(metrics, "train"), warnings=_warnings(metrics),
         loads=[row for row in metrics if row["kind"] == "experts"], is_cut=bool(metrics) and metrics[-1]["kind"] == "deadline",
         stats=_read_json(run_dir / "data" / "stats.json", remedy="prepare it again with `nemotune data RUN --overwrite`"),
@@ -88,7 +88,10 @@ def _environment() -> Environment:
         loader=PackageLoader("nemotune.evaluate", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals |= {"MEANINGS": MEANINGS, "judged_by": judged_by}
-    environment.filters |= {"number": number, "size": _size, "direction": lambda entry, metric: direction(metric, entry)}
+    environment.filters |= {
+        "number": number, "size": _size, "direction": lambda entry, metric: direction(metric, entry),
+        "interval": lambda entry, metric: interval(metric, entry),
+    }  # fmt: skip
     return environment
 
 
@@ -127,8 +130,9 @@ def _warnings(metrics: list[dict[str, Any]]) -> list[str]:
 
 
 def _intervals(comparison: dict[str, Any] | None) -> dict[tuple[str, str], Interval]:
-    """Per (task, metric) the drawn interval: all shares on one scale, each loss on its own."""
-    entries = {(task, name): entry for task, metrics in (comparison or {"tasks": {}})["tasks"].items() for name, entry in metrics.items()}
+    """Per (task, metric) that has one, the drawn interval: all shares on one scale, each loss on its own."""
+    tasks = (comparison or {"tasks": {}})["tasks"]
+    entries = {(task, name): entry for task, metrics in tasks.items() for name, entry in metrics.items() if entry["low"] is not None}
     shares = [entry for (_, name), entry in entries.items() if name not in UNBOUNDED]
     return {key: _interval(entry, [entry] if key[1] in UNBOUNDED else shares) for key, entry in entries.items()}
 

@@ -5,8 +5,9 @@ Which rows is decided by the recipe alone, so the base and the tuned model answe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -18,10 +19,11 @@ from nemotune.evaluate import multiple_choice, perplexity, span_qa, tool_calls
 from nemotune.evaluate.candidate import Candidate
 from nemotune.evaluate.compare import summarize
 from nemotune.evaluate.rows import HeldOut, Row, hold_out, write_rows
+from nemotune.files import write_json
 from nemotune.models import CausalLM
 from nemotune.recipe import Recipe
 
-__all__ = ["TASKS", "Summary", "run"]
+__all__ = ["TASKS", "Summary", "asked", "check", "run"]
 
 Summary = dict[str, dict[str, dict[str, float]]]  # {task: {metric: {"value", "n"}}}
 
@@ -31,22 +33,49 @@ TASKS: dict[str, Callable[[Candidate, HeldOut], list[Row]]] = {
     "span_qa": span_qa.score,
     "perplexity": perplexity.score,
 }
+NEEDS: dict[str, Callable[[HeldOut, Renderer], Sequence[object]]] = {
+    "multiple_choice": multiple_choice.askable,
+    "tool_calls": tool_calls.askable,
+    "span_qa": span_qa.askable,
+    "perplexity": perplexity.askable,
+}
+
+
+def check(recipe: Recipe, prepared: Prepared, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse, before anything is trained, tasks that the held-out rows cannot serve. Raises DataError."""
+    held_out, renderer = _held_out(recipe, prepared), _renderer(recipe, tokenizer)
+    for task in recipe.evaluate.tasks:
+        NEEDS[task](held_out, renderer)
 
 
 def run(model: CausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, prepared: Prepared, *, label: str, out_dir: Path) -> Summary:
-    """Score `model`, write `out_dir/<label>.jsonl`, and return every metric of every task.
+    """Score `model`, write `out_dir/<label>.jsonl` and which rows were asked, and return every metric of every task.
 
     Asked are `evaluate.max_samples` rows of the test split, or of the validation split where there is none. Raises DataError without either.
     """
-    data = recipe.data
-    held_out = hold_out(_split(prepared), max_samples=recipe.evaluate.max_samples, seed=recipe.train.seed)
-    # train_on: all would make the question part of the answer
-    renderer = Renderer(tokenizer, template=data.template, thinking=data.thinking, train_on="assistant")
-    candidate = Candidate(model, renderer, label=label, max_new_tokens=recipe.evaluate.max_new_tokens)
+    held_out = _held_out(recipe, prepared)
+    candidate = Candidate(model, _renderer(recipe, tokenizer), label=label, max_new_tokens=recipe.evaluate.max_new_tokens)
     rows = [row for task in recipe.evaluate.tasks for row in TASKS[task](candidate, held_out)]
     (out_dir / "compare.json").unlink(missing_ok=True)  # it speaks of rows that are about to be replaced
     write_rows(out_dir / f"{label}.jsonl", rows)
+    write_json(out_dir / "asked.json", asked(recipe, prepared))
     return summarize(rows)
+
+
+def asked(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """Which rows an evaluation asks: so many ("rows") "of" those of a "split". Raises DataError where none is held out."""
+    split = _split(prepared)
+    rows = prepared.stats["splits"][split.name]["rows"]
+    return {"split": split.name, "rows": min(rows, recipe.evaluate.max_samples or rows), "of": rows}
+
+
+def _held_out(recipe: Recipe, prepared: Prepared) -> HeldOut:
+    return hold_out(_split(prepared), max_samples=recipe.evaluate.max_samples, seed=recipe.train.seed)
+
+
+def _renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Renderer:
+    # train_on: all would make the question part of the answer
+    return Renderer(tokenizer, template=recipe.data.template, thinking=recipe.data.thinking, train_on="assistant")
 
 
 def _split(prepared: Prepared) -> Split:

@@ -13,7 +13,7 @@ from nemotune.evaluate.rows import Row
 
 __all__ = ["Kind", "Sample", "choose_samples"]
 
-SHOWN = {"improved": 3, "worse": 2, "both wrong": 2, "both right": 1}
+SHOWN = {"improved": 3, "worse": 2, "both wrong": 2, "both right": 1, "unchanged": 1}
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Sample:
 
     @property
     def outcome(self) -> str:
-        """improved, worse, both wrong or both right, by `metric`."""
+        """improved, worse, both wrong, both right, or unchanged where both are in part, by `metric`."""
         before, after = ((row or self.tuned).scores[self.metric] for row in (self.base, self.tuned))
         if before == after:
-            return "both right" if after == 1 else "both wrong"
+            return {0: "both wrong", 1: "both right"}.get(after, "unchanged")
         return "improved" if after > before else "worse"
 
 

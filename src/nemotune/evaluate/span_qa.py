@@ -10,22 +10,30 @@ import re
 import string
 from collections import Counter
 
+from nemotune.data.example import Example
+from nemotune.data.template import Renderer
 from nemotune.errors import DataError
 from nemotune.evaluate.candidate import Candidate
 from nemotune.evaluate.rows import HeldOut, Row, groups_of
 
-__all__ = ["exact_match", "f1", "score"]
+__all__ = ["askable", "exact_match", "f1", "score"]
 
 MAX_NEW_TOKENS = 64
 
 
-def score(candidate: Candidate, held_out: HeldOut) -> list[Row]:
-    """One row per question. Raises DataError where no held-out row has answers."""
+def askable(held_out: HeldOut, renderer: Renderer) -> list[Example]:
+    """The questions. Raises DataError where no held-out row has answers."""
     examples = [example for example in held_out.examples if example.meta.get("answers")]
     if not examples:
         raise DataError(
             "evaluate.tasks: span_qa needs rows with answers, and none of the held-out rows has any; use data.format: squad or another task"
         )
+    return examples
+
+
+def score(candidate: Candidate, held_out: HeldOut) -> list[Row]:
+    """One row per question. Raises DataError as `askable` does."""
+    examples = askable(held_out, candidate.renderer)
     prompts = [candidate.renderer.prompt_tokens(example) for example in examples]
     said = candidate.answers(prompts, max_new_tokens=MAX_NEW_TOKENS, what="span QA")
     rows = []

@@ -8,9 +8,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from nemotune.evaluate.compare import LOWER_IS_BETTER, PRIMARY, judged_by
+from nemotune.evaluate.compare import LOWER_IS_BETTER, MIN_ROWS, PRIMARY, judged_by
 
-__all__ = ["comparison_table", "direction", "number", "summary_table"]
+__all__ = ["comparison_table", "direction", "interval", "number", "summary_table"]
 
 UNBOUNDED = frozenset({"loss", "perplexity"})  # every other metric is a share and shown in per cent
 
@@ -48,9 +48,9 @@ def number(metric: str, value: float, *, signed: bool = False) -> str:
     return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f} %"
 
 
-def direction(metric: str, entry: dict[str, float]) -> str:
-    """better, worse, or unclear where the interval holds 0."""
-    if entry["low"] <= 0 <= entry["high"]:
+def direction(metric: str, entry: dict[str, Any]) -> str:
+    """better, worse, or unclear where the interval holds 0 or too few rows gave none."""
+    if entry["low"] is None or entry["low"] <= 0 <= entry["high"]:
         return "unclear"
     return "better" if (entry["difference"] > 0) != (metric in LOWER_IS_BETTER) else "worse"
 
@@ -72,8 +72,15 @@ def _add_groups(table: Table, task: str, kind: str, groups: dict[str, dict[str, 
         table.add_row(f"    {escape(name)}{other}", *_cells(metric, metrics[metric]))
 
 
-def _cells(metric: str, entry: dict[str, float]) -> tuple[str, ...]:
+def interval(metric: str, entry: dict[str, Any]) -> str:
+    """Its two ends, or that there were too few rows for one."""
+    if entry["low"] is None:
+        return f"under {MIN_ROWS} rows"
+    return f"{number(metric, entry['low'], signed=True)} to {number(metric, entry['high'], signed=True)}"
+
+
+def _cells(metric: str, entry: dict[str, Any]) -> tuple[str, ...]:
     colour = {"better": "green", "worse": "red", "unclear": "dim"}[direction(metric, entry)]
-    difference, low, high = (number(metric, entry[key], signed=True) for key in ("difference", "low", "high"))
+    difference = number(metric, entry["difference"], signed=True)
     values = number(metric, entry["base"]), number(metric, entry["tuned"])
-    return (*values, f"[{colour}]{difference}[/]", f"{low} to {high}", f"{entry['n']:,}")
+    return (*values, f"[{colour}]{difference}[/]", interval(metric, entry), f"{entry['n']:,}")

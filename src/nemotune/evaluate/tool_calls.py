@@ -12,23 +12,30 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nemotune.data.example import Example
+from nemotune.data.template import Renderer
 from nemotune.errors import DataError
 from nemotune.evaluate.calls import Call, parse_reply, typed
 from nemotune.evaluate.candidate import Candidate
 from nemotune.evaluate.rows import HeldOut, Row, groups_of
 
-__all__ = ["score", "scores"]
+__all__ = ["askable", "score", "scores"]
 
 MAX_NEW_TOKENS = 256
 
 
-def score(candidate: Candidate, held_out: HeldOut) -> list[Row]:
-    """One row per assistant turn. Raises DataError where no held-out conversation has tools."""
+def askable(held_out: HeldOut, renderer: Renderer) -> list[tuple[Example, int]]:
+    """The assistant turns that are asked for. Raises DataError where no held-out conversation has tools."""
     turns = [(example, number) for example in held_out.examples if example.tools for number in _assistant_turns(example)]
     if not turns:
         raise DataError(
             "evaluate.tasks: tool_calls needs conversations with tools, and none of the held-out rows has any; use data.format: glaive or chat, or another task"
         )
+    return turns
+
+
+def score(candidate: Candidate, held_out: HeldOut) -> list[Row]:
+    """One row per assistant turn. Raises DataError as `askable` does."""
+    turns = askable(held_out, candidate.renderer)
     prompts = [candidate.renderer.prompt_tokens(example, turn=number) for example, number in turns]
     replies = candidate.answers(prompts, max_new_tokens=MAX_NEW_TOKENS, what="tool calls")
     return [

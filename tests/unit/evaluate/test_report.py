@@ -67,13 +67,24 @@ def test_a_finished_run_is_shown_whole(run_dir):
     assert "120 steps, 360,000 tokens" in text
     assert "tool_calls call_decision" in text and "95 % interval" in text and "▲ +" in text
     assert "train, step 120: 0.3" in text and "validation, step 120: 0.47" in text
-    assert re.search(r"\d\d improved, 0 worse, \d both wrong, \d both right\.", text)
+    assert re.search(r"\d\d improved, 0 worse, \d both wrong, \d both right, 0 unchanged\.", text)
     assert "<parameter=city>" in text and "the weather in Oslo for 1 days?" in text
     assert "no messages 1 60" in text  # the bad row, by reason and number
     assert "12 of 16" in text and "106,496" in text
     assert "learning_rate: 0.002" in text and "6e311a4" in text
     assert "step 31: loss 2.10 is far above" in text
     assert "the training record" in text
+    assert "Asked: 24 of 24 rows of test." in text
+
+
+def test_few_rows_have_no_interval_and_no_triangle(run_dir):
+    path = run_dir / "eval" / "compare.json"
+    found = json.loads(path.read_text())
+    for entry in found["tasks"]["tool_calls"].values():
+        entry |= {"low": None, "high": None, "rows": 3}
+    path.write_text(json.dumps(found))
+    text = seen(run_dir)
+    assert f"under {found['min_rows']} rows" in text and "○ +" in text and "▲ +" not in text.partition("tool_calls by")[0]
 
 
 def test_the_page_needs_no_network_no_scripts_and_no_other_file(run_dir):

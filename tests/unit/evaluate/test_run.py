@@ -12,7 +12,7 @@ from toy_run import TINY, chat_rows
 
 from nemotune.data.prepare import prepare
 from nemotune.errors import DataError
-from nemotune.evaluate import candidate, compare_files, run
+from nemotune.evaluate import candidate, check, compare_files, run
 from nemotune.evaluate.rows import hold_out, read_rows
 from nemotune.models import load_tokenizer
 from nemotune.recipe import load
@@ -45,7 +45,9 @@ def test_base_and_tuned_are_asked_the_same_rows(tmp_path):
     assert rows["base"] == rows["tuned"] and len({row.row for row in rows["base"]}) == 4
     assert all(row.groups == {"group": "old" if row.row % 2 else "new"} for row in rows["tuned"])
     assert summary["perplexity"]["loss"]["n"] == len(rows["tuned"])
-    assert compare_files(tmp_path / "eval")["tasks"]["perplexity"]["loss"]["difference"] == 0
+    compared = compare_files(tmp_path / "eval")
+    assert compared["tasks"]["perplexity"]["loss"]["difference"] == 0
+    assert compared["asked"] == {"split": "test", "rows": 4, "of": 6}
 
 
 def test_held_out_rows_are_a_seeded_sample_of_the_split(tmp_path):
@@ -93,3 +95,11 @@ def test_without_held_out_rows_it_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"data\.test: got none"):
         run(ToyModel(vocab_size=len(tokenizer)), tokenizer, recipe, nothing, label="base", out_dir=tmp_path / "eval")
     assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize("task", ["multiple_choice", "span_qa"])
+def test_tasks_that_the_rows_cannot_serve_are_told_without_a_model(tmp_path, task):
+    recipe, tokenizer, prepared = prepared_run(tmp_path, f"evaluate.tasks=[perplexity, {task}]")
+    with pytest.raises(DataError, match=rf"evaluate\.tasks: {task} needs rows with"):
+        check(recipe, prepared, tokenizer)
+    check(load("quickstart", ["evaluate.tasks=[perplexity, tool_calls]"]), prepared, tokenizer)
