@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +12,13 @@ from random_models import make, relative
 
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
+from nemotune.ops import conv as conv_module
+from nemotune.ops import ssd as ssd_module
 from nemotune.ops.attention import attention_per_document, has_flash, varlen_attention, varlen_attention_ref
-from nemotune.ops.conv import causal_conv1d
+from nemotune.ops.conv import causal_conv1d, causal_conv1d_ref
 from nemotune.ops.documents import Documents
 from nemotune.ops.experts import Routing, combine, dispatch, grouped_linear, sorted_rows
+from nemotune.ops.kernels import uses_triton, why_not_triton
 from nemotune.ops.norm import gated_group_rms_norm, rms_norm
 from nemotune.ops.ssd import ssd
 from nemotune.ops.ssd_ref import ssd_ref
@@ -134,6 +140,108 @@ def test_gradients_of_the_scan_equal_the_cpus(dtype, tolerance):
     )
     for ours, theirs in zip(there, here, strict=True):
         assert relative(ours.float(), theirs.float()) <= tolerance
+
+
+def test_triton_computes_here_unless_told_otherwise():
+    assert why_not_triton(torch.device(DEVICE, 0)) is None or "NEMOTUNE_KERNELS" in os.environ
+
+
+triton_computes = pytest.mark.skipif(
+    not (torch.cuda.is_available() and uses_triton(torch.device(DEVICE, 0))), reason="Triton's kernels are not used here"
+)
+
+
+@pytest.fixture
+def torch_computes(monkeypatch):
+    """PyTorch's path on the GPU: a call with it inside."""
+
+    def called(function, *inputs):
+        with monkeypatch.context() as patch:
+            for module in (conv_module, ssd_module):
+                patch.setattr(module, "uses_triton", lambda device: False)
+            return on(DEVICE, function, *inputs)
+
+    return called
+
+
+def scan(x, dt, A, B, C, D):
+    return ssd(x, dt, A, B, C, D, documents_of(LENGTHS, x.device), chunk_size=128)[0]
+
+
+def padded_scan_inputs(dtype, *, heads, groups, head_dim, state):
+    """x, B and C are slices of one row, as the model has them: nothing lies side by side."""
+    tokens, inner = sum(LENGTHS), heads * head_dim
+    row = F.silu(drawn(tokens, inner + 2 * groups * state + 24, seed=1)).to(dtype)
+    x, B, C, _ = row.split([inner, groups * state, groups * state, 24], dim=-1)
+    dt = F.softplus(drawn(tokens, heads, seed=5, dtype=torch.float32) - 3)
+    A, D = -1 - 15 * drawn(heads, seed=6, dtype=torch.float32).sigmoid(), drawn(heads, seed=7, dtype=torch.float32)
+    return [t.detach() for t in (x.unflatten(-1, (heads, -1)), dt, A, B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1)), D)]
+
+
+SHAPES = [
+    dict(heads=8, groups=2, head_dim=64, state=128),
+    dict(heads=6, groups=1, head_dim=80, state=128),
+    dict(heads=2, groups=2, head_dim=20, state=12),
+]
+
+
+@triton_computes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_scans_as_the_recurrence_in_fp32(shape):
+    """1e-4: sums of up to 256 products in another order, and the GPU's exp."""
+    inputs = padded_scan_inputs(torch.float32, **shape)
+    exact = on("cpu", lambda *args: ssd_ref(*args, documents_of(LENGTHS, "cpu"))[0], *inputs)
+    for ours, reference in zip(on(DEVICE, scan, *inputs), exact, strict=True):
+        assert relative(ours, reference) <= 1e-4
+
+
+@triton_computes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_adds_the_rounding_of_its_factors_to_a_bf16_scan(shape, torch_computes):
+    """As in tests/unit/ops/test_triton_ssd.py: sqrt(2) of the error of a path that rounds no factor."""
+    inputs = padded_scan_inputs(torch.bfloat16, **shape)
+    exact = on("cpu", lambda *args: ssd_ref(*args, documents_of(LENGTHS, "cpu"))[0], *(t.float() for t in inputs))
+    for ours, other, reference in zip(on(DEVICE, scan, *inputs), torch_computes(scan, *inputs), exact, strict=True):
+        assert ours.dtype == other.dtype and relative_rms(ours, reference) <= 2**0.5 * relative_rms(other, reference)
+
+
+@triton_computes
+def test_triton_repeats_to_the_bit_and_keeps_documents_apart():
+    inputs = padded_scan_inputs(torch.bfloat16, **SHAPES[0])
+    first, second = on(DEVICE, scan, *inputs), on(DEVICE, scan, *inputs)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    inputs[3] = inputs[3].clone()
+    inputs[3][1:131] = torch.nan  # B
+    changed = on(DEVICE, scan, *inputs)
+    for before, after in zip(first[:3], changed[:3], strict=True):  # y, dx, ddt
+        assert torch.equal(before[:1], after[:1]) and torch.equal(before[131:], after[131:]) and after[1:131].isnan().any()
+
+
+@triton_computes
+def test_triton_gives_the_states_at_the_ends_with_their_gradients():
+    inputs = padded_scan_inputs(torch.float32, **SHAPES[0])
+    states = on(DEVICE, lambda *args: ssd(*args, documents_of(LENGTHS), chunk_size=128, final_states=True)[1], *inputs[:4], *inputs[4:])
+    exact = on("cpu", lambda *args: ssd_ref(*args, documents_of(LENGTHS, "cpu"))[1] + 0 * args[4].sum() + 0 * args[5].sum(), *inputs)
+    for ours, reference in zip(states, exact, strict=True):
+        assert (ours - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+@triton_computes
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2 * BF16_UNIT)])
+def test_triton_convolves_as_the_definition(dtype, tolerance):
+    row, taps, bias = (
+        drawn(sum(LENGTHS), 200, seed=1, dtype=dtype),
+        drawn(150, 4, seed=2, dtype=torch.float32),
+        drawn(150, seed=3, dtype=torch.float32),
+    )
+
+    def over_a_slice(function, row, taps, bias):
+        return function(row[:, 8:158], taps, bias, documents_of(LENGTHS, row.device))
+
+    ours = on(DEVICE, partial(over_a_slice, causal_conv1d), row, taps, bias)
+    exact = on("cpu", partial(over_a_slice, causal_conv1d_ref), row.float(), taps, bias)
+    for got, reference in zip(ours, exact, strict=True):
+        assert relative(got.float(), reference) <= tolerance
 
 
 def test_norms_and_the_convolution_equal_the_cpus():
