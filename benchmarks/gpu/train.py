@@ -100,7 +100,9 @@ def _cell(found: dict[str, float], key: str) -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts; one alone runs in this process")
-    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="selective", help="transformers': on unless none")
+    parser.add_argument(
+        "--checkpointing", choices=("none", "selective", "full", "offload"), default="selective", help="transformers': on unless none"
+    )
     parser.add_argument("--experts", action="store_true", help="adapt the routed experts too")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take most of a step (nemotune)")
     parser.add_argument("--warmup-steps", type=int, default=3)

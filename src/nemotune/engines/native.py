@@ -47,11 +47,18 @@ def train(
 
 
 def require_device(recipe: Recipe) -> None:
-    """Raises UnsupportedError for what takes a GPU where there is none."""
-    if recipe.model.offload != "none" and default_device() == "cpu":
-        raise UnsupportedError(
-            f"model.offload: got '{recipe.model.offload}', which spares a GPU's memory, and torch sees no GPU here; use model.offload=none"
-        )
+    """Raises UnsupportedError for what spares a GPU's memory where there is no GPU."""
+    asked = {
+        "model.offload": (recipe.model.offload, "none"),
+        "train.activation_checkpointing": (recipe.train.activation_checkpointing, "full"),
+    }
+    problems = [
+        f"{key}: got '{got}', which spares a GPU's memory, and torch sees no GPU here; use {key}={instead}"
+        for key, (got, instead) in asked.items()
+        if got in ("experts", "offload")
+    ]
+    if problems and default_device() == "cpu":
+        raise UnsupportedError("\n".join(problems))
 
 
 def load_base(recipe: Recipe, *, trainable: bool = False, random_seed: int | None = None) -> CausalLM:

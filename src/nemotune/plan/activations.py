@@ -5,7 +5,7 @@ A step over T tokens (`train.micro_batch_size` times `data.sequence_length`, at 
     T * sum of kept(block) + max(head, largest of work(block))
 
 - `kept`, bytes a token: under `none` every value that an operation's backward reads, once each; under `selective` the block's input and
-  the outputs of its matrix products; under `full` the input alone. Inputs of linear layers that are not trained are in no gradient.
+  the outputs of its matrix products; under `full` the input alone, under `offload` nothing: the inputs are on the host. Inputs of linear layers that are not trained are in no gradient.
 - `work`, one block's backward: under checkpointing its values of `none`, computed again; their gradients, as much once more; one weight
   widened from NF4, or those of the block cast from fp32; of Mamba, the states of its scan, one for every 64 tokens.
 - `head`: a chunk of logits with its gradients, and the hidden states. The loss is taken when all of `kept` is there and no block works.
@@ -28,7 +28,7 @@ from nemotune.ops.nf4 import AT_ONCE
 
 __all__ = ["Activations", "kept_bytes"]
 
-Mode = Literal["none", "selective", "full"]
+Mode = Literal["none", "selective", "full", "offload"]
 FP32, PLACE = 4, 8  # bytes of a number and of an index
 TOKENS_PER_STATE = 64
 
@@ -44,12 +44,16 @@ class Activations:
     device: str
 
     def peak_bytes(self, tokens: int) -> int:
-        """What a step over `tokens` tokens holds beside weights, gradients and optimiser."""
+        """What a step over `tokens` tokens holds on the device beside weights, gradients and optimiser."""
         kept = sum(tokens * kept_bytes(self.model.config, kind, self.trained, mode=self.mode, width=self.width) for kind in self._kinds)
         casts = [self._cast_bytes(block) for block in self.model.blocks]
         kept += sum(casts) if self.mode == "none" else 0
         work = max(self._work_bytes(kind, block, tokens) for kind, block in zip(self._kinds, self.model.blocks, strict=True))
         return kept + max(self._head_bytes(tokens), work + (0 if self.mode == "none" else max(casts)))
+
+    def host_bytes(self, tokens: int) -> int:
+        """The blocks' inputs, under `offload`."""
+        return tokens * self.width * self.model.config.hidden_size * len(self._kinds) if self.mode == "offload" else 0
 
     @property
     def _kinds(self) -> tuple[str, ...]:
@@ -83,6 +87,8 @@ class Activations:
 def kept_bytes(config: NemotronHConfig | LlamaConfig, kind: str, trained: Set[str], *, mode: Mode, width: int) -> int:
     """Bytes a token that the forward of a block of `kind` keeps for its backward."""
     D = config.hidden_size
+    if mode == "offload":
+        return 0
     if mode == "full":
         return width * D
     values, products, others = KINDS[kind](config, trained)

@@ -27,7 +27,7 @@ class Cost:
     """Bytes of weights as held (frozen ones in model.dtype, trained ones fp32), gradients and optimiser state; parameter counts.
 
     Experts that are offloaded are `host_bytes`; of them, `weight_bytes` has the two blocks' that are lent to the device.
-    `activation_bytes` estimates what a step's micro batch of `tokens` takes on top, at its peak.
+    `activation_bytes` estimates what a step's micro batch of `tokens` takes on top, at its peak, and `host_activation_bytes` in host memory.
     """
 
     coverage: Coverage
@@ -37,6 +37,7 @@ class Cost:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    host_activation_bytes: int
     tokens: int
 
     @property
@@ -72,6 +73,7 @@ def estimate(recipe: Recipe, *, device: str = "cuda") -> Cost:
         gradient_bytes=trained * 4,
         optimizer_bytes=trained * OPTIMIZER_BYTES[recipe.train.optimizer],
         activation_bytes=activations.peak_bytes(tokens),
+        host_activation_bytes=activations.host_bytes(tokens),
         tokens=tokens,
     )
 
@@ -116,6 +118,7 @@ def cost_line(cost: Cost) -> str:
     return (
         f"Memory before activations: {held}\nA step of up to {cost.tokens:,} tokens at a time takes an estimated "
         f"{decimal(cost.activation_bytes, precision=1)} more on a GPU: {decimal(cost.peak_bytes, precision=1)} at its peak"
+        + (f", and {decimal(cost.host_activation_bytes, precision=1)} in host memory" if cost.host_activation_bytes else "")
     )
 
 

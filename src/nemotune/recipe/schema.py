@@ -132,7 +132,7 @@ class Train(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
     compile: bool = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     eval_every: PositiveInt | None = None

@@ -1,7 +1,7 @@
 """Activation checkpointing: what the forward of a block keeps for the backward, against computing it again.
 
 `none` keeps everything; `selective` keeps the outputs of a block's own matrix products and of attention, and computes the rest again;
-`full` keeps only the input of each block.
+`full` keeps only the input of each block; `offload` does too, in pinned host memory, from where the backward fetches it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nemotune.models import CausalLM
@@ -26,11 +27,13 @@ KEPT = {
 
 
 def set_activation_checkpointing(model: CausalLM, mode: str) -> None:
-    """Make `model` run its blocks under `mode`: none, selective or full."""
+    """Make `model` run its blocks under `mode`: none, selective, full or offload."""
     if mode == "none":
         model.run_block = run_plainly
     elif mode == "full":
         model.run_block = _full
+    elif mode == "offload":
+        model.run_block = _offloaded
     else:
         model.run_block = partial(_full, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
 
@@ -39,6 +42,12 @@ def _full(block: nn.Module, *args: Any, **options: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return block(*args)
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _offloaded(block: nn.Module, *args: Any) -> Tensor:
+    """Outside of the block the hooks see what the checkpoint saves, its input: no weight, and nothing that is computed again."""
+    with save_on_cpu(pin_memory=True):
+        return _full(block, *args)
 
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -128,3 +128,7 @@ def test_a_machine_without_a_gpu_refuses_by_key_before_any_row_is_read(directory
     assert not (tmp_path / "run").exists()
     with pytest.raises(UnsupportedError, match=r"^model\.offload: "):
         native.load_base(recipe)
+    with pytest.raises(
+        UnsupportedError, match=r"^train\.activation_checkpointing: got 'offload'.* use train\.activation_checkpointing=full"
+    ):
+        native.load_base(load("quickstart", ["train.activation_checkpointing=offload"]))

@@ -122,6 +122,14 @@ def test_checkpointing_and_fewer_tokens_take_less(directory):
         assert full < selective <= none, kind
 
 
+def test_offloaded_inputs_are_host_memory(directory):
+    full, offload = (estimate(recipe(directory, mode=mode, tokens=8192)) for mode in ("full", "offload"))
+    config = load_model(directory, random_seed=0).config
+    assert offload.host_activation_bytes == 8192 * 2 * config.hidden_size * config.num_layers and full.host_activation_bytes == 0
+    assert 0 < full.activation_bytes - offload.activation_bytes <= offload.host_activation_bytes
+    assert cost_line(offload).endswith(" in host memory")
+
+
 def test_an_nf4_weight_is_wide_while_it_is_used(directory):
     """Of the plan's parts, that which a wide base does not have."""
     assert activation_bytes(directory, mode="full") > activation_bytes(directory, mode="full", quantization="none")
