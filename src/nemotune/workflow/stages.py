@@ -181,6 +181,8 @@ def _train(
     with held(run_dir):
         refuse_begun(run_dir, resume=resume, overwrite=overwrite)  # again: another process may have been faster
         if resume and not Checkpoints(run_dir, keep=1).latest():
+            if (trained := run_dir / native.trained_name(recipe)).is_dir():
+                raise ConflictError(f"{trained}: no checkpoint is left to go on from; --overwrite trains anew, name=... keeps both")
             _say(notes, f"no checkpoint in {run_dir} to resume from: begins with step 1")
         open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
         result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=notes, deadline=deadline)

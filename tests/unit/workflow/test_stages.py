@@ -294,8 +294,15 @@ def test_a_merge_replaces_nothing_but_a_model(recipe, adapted, tmp_path, monkeyp
         stages.merge(base, output=tmp_path / "out", **options(tmp_path / "second", overwrite=True))
 
 
+def test_a_trained_model_whose_checkpoints_are_gone_is_not_replaced_by_a_resume(recipe, tmp_path, trained_at_once):
+    stages.train(recipe, resume=False, **options(tmp_path / "run"))
+    with pytest.raises(ConflictError, match=r"run/adapter: no checkpoint is left to go on from; --overwrite trains anew"):
+        stages.train(recipe, resume=True, **options(tmp_path / "run"))
+
+
 def test_resuming_without_a_checkpoint_says_so(recipe, tmp_path, trained_at_once, capsys):
     stages.train(recipe, resume=True, **options(tmp_path / "run"))
+    (tmp_path / "run" / "adapter").rmdir()  # as where the process was killed before its first checkpoint
     stages.train(recipe, resume=True, **options(tmp_path / "run"))
     assert capsys.readouterr().err.splitlines() == [f"no checkpoint in {tmp_path / 'run'} to resume from: begins with step 1"] * 2
     whole = tmp_path / "run" / "checkpoints" / "step_000002"
