@@ -6,7 +6,8 @@ Within a chunk, with l_i = sum_{k <= i} dt_k A over its tokens and h the state b
     h'  = exp(l_end) h + sum_j exp(l_end - l_j) dt_j x_j B_j^T
 Three kernels: each chunk's own part of h' and l; the recurrence over a document's chunks; y. As in mamba-ssm's
 `mamba_chunk_scan_combined`, but chunks begin anew at each border and are read from the row where they lie, whatever their length.
-Saved are the inputs alone: the backward computes the states again.
+Saved are the inputs alone: the backward computes the states again. Forward and backward each hold a state per chunk while they run, and
+every document has a chunk: with documents of a few tokens each, these outgrow the row.
 
 Precision: the factors of matrix products have the dtype of x, sums, states and decays are fp32. No atomics: results repeat to the bit.
 Import on use only: Triton need not be there. Suffixes: Q tokens of a block, P head dim, S state; a state is [P, S]. What there is one of
@@ -93,8 +94,12 @@ def pass_states(
 
 def in_rows(*tensors: Tensor) -> list[Any]:
     """Each as [T, ...] with the values of a token side by side, and the stride between tokens. Slices of wider rows are not copied."""
-    rows = [t.flatten(1) for t in tensors]
-    return [part for t in rows for t in [t if t.stride(1) == 1 else t.contiguous()] for part in (t, t.stride(0))]
+    arguments: list[Any] = []
+    for tensor in tensors:
+        rows = tensor.flatten(1)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        arguments += [rows, rows.stride(0)]
+    return arguments
 
 
 def sizes(x: Tensor, B: Tensor) -> dict[str, int]:

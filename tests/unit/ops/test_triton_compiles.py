@@ -39,14 +39,16 @@ def compile(kernel, *args, grid, warmup, num_warps=4, num_stages=3, **constants)
 JITFunction.run = compile
 documents = Documents(torch.tensor([0, 300, 512], dtype=torch.int32))
 N, G = 16, 2
-row = torch.zeros(512, 2 * N * P + 2 * G * S + N, dtype=dtype, requires_grad=True)
-xBC = row[:, N * P : -N]
-weight, bias = torch.zeros(xBC.shape[1], 4, requires_grad=True), torch.zeros(xBC.shape[1], requires_grad=True)
-xBC = triton_conv.causal_conv1d(xBC, weight, bias, documents)
-x, B, C = xBC.split([N * P, G * S, G * S], dim=-1)
-x, B, C = x.unflatten(-1, (N, P)), B.unflatten(-1, (G, S)), C.unflatten(-1, (G, S))
-y, _ = triton_ssd.ssd(x, torch.zeros(512, N), torch.zeros(N), B, C, torch.zeros(N), documents, chunk_size=128)
-y.sum().backward()
+width = N * P + 2 * G * S
+row = torch.zeros(512, N * P + width + N, dtype=dtype, requires_grad=True)
+for trained in (False, True):
+    weight, bias = torch.zeros(width, 4, requires_grad=trained), torch.zeros(width, requires_grad=True) if trained else None
+    xBC = triton_conv.causal_conv1d(row[:, N * P : -N], weight, bias, documents)
+    x, B, C = xBC.split([N * P, G * S, G * S], dim=-1)
+    x, B, C = x.unflatten(-1, (N, P)), B.unflatten(-1, (G, S)), C.unflatten(-1, (G, S))
+    dt, A, D = torch.zeros(512, N), torch.zeros(N), torch.zeros(N)
+    y, states = triton_ssd.ssd(x, dt, A, B, C, D, documents, chunk_size=128, final_states=trained)
+    (y.sum() + (states.sum() if trained else 0)).backward()
 print(json.dumps(shared))
 """
 
