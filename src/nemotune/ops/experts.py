@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROWS_AT_ONCE = 32
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -147,19 +149,37 @@ def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return y_MO[:, :out_features] if short_out else y_MO
 
 
+def grouped_product(x_MI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """`x @ weight[e]` for the rows of each expert: one kernel on CUDA, one product for each expert with rows on the CPU.
+
+    There, in 16 bits, the rows are rounded up to `ROWS_AT_ONCE`, and the next expert writes over what is too much: oneDNN compiles a
+    kernel for every number of rows that it meets, and keeps it (0.5 MB each).
+    """
+    if x_MI.device.type != "cpu":
+        return F.grouped_mm(x_MI, weight_EIO, offs=ends_E)
+    y_MO, step = x_MI.new_empty(len(x_MI), weight_EIO.shape[-1]), 1 if x_MI.dtype == torch.float32 else ROWS_AT_ONCE
+    start = 0
+    for weight_IO, end in zip(weight_EIO, ends_E.tolist(), strict=True):
+        if end > start:
+            rows = slice(start, start + -(-(end - start) // step) * step)
+            y_MO[rows] = x_MI[rows] @ weight_IO
+        start = end
+    return y_MO
+
+
 class _GroupedLinear(torch.autograd.Function):
-    """One kernel for all experts. A frozen weight saves no input."""
+    """A frozen weight saves no input."""
 
     @staticmethod
     def forward(ctx: Any, x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_MI if ctx.needs_input_grad[1] else None, weight_EOI, ends_E)
-        return F.grouped_mm(x_MI, weight_EOI.transpose(-1, -2), offs=ends_E)
+        return grouped_product(x_MI, weight_EOI.transpose(-1, -2), ends_E)
 
     @staticmethod
     def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         x_MI, weight_EOI, ends_E = ctx.saved_tensors
         grad_MO = grad_MO.contiguous()
-        grad_x = F.grouped_mm(grad_MO, weight_EOI, offs=ends_E) if ctx.needs_input_grad[0] else None
+        grad_x = grouped_product(grad_MO, weight_EOI, ends_E) if ctx.needs_input_grad[0] else None
         if x_MI is None:
             return grad_x, None, None
         grad_weight = F.grouped_mm(grad_MO.T, x_MI, offs=ends_E)

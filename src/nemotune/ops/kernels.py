@@ -2,7 +2,7 @@
 
 On a GPU the scan and the convolution are Triton's kernels wherever a trial of one works (Triton compiles its launcher: it needs a C
 compiler), else PyTorch's, slower and told with the reason. `NEMOTUNE_KERNELS=torch` forces PyTorch's. Attention chooses by the queries
-that it gets (`attention.has_flash`); experts and loss have one implementation each.
+that it gets (`attention.has_flash`); the loss has one implementation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
     scan = "triton" if uses_triton(device) else "torch"
     flash = has_flash(torch.empty(0, 1, head_dim, dtype=dtype, device=device))
     why = why_not_triton(device) if device.type == "cuda" else None
-    return Kernels(scan, scan, "grouped_mm", "varlen" if flash else "per_document", "chunked", why)
+    return Kernels(
+        scan, scan, "per_expert" if device.type == "cpu" else "grouped_mm", "varlen" if flash else "per_document", "chunked", why
+    )
 
 
 def uses_triton(device: torch.device) -> bool:

@@ -57,6 +57,17 @@ def test_an_expert_without_rows_has_no_gradient_whatever_the_kernel_leaves_there
     assert weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("counts", [[3, 0, 40, 1], [0, 33, 0, 0], [0, 0, 0, 64], [1, 1, 1, 1]])
+def test_rows_of_an_expert_are_rounded_up_and_the_next_one_writes_over_them(counts):
+    """On the CPU in 16 bits; products of whole numbers are exact."""
+    ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    x, weight = (
+        torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).bfloat16() for shape in ((sum(counts), 8), (4, 8, 8))
+    )
+    expected = torch.cat([part @ matrix for part, matrix in zip(x.split(counts), weight, strict=True)])
+    assert torch.equal(experts.grouped_product(x, weight, ends), expected)
+
+
 def test_a_frozen_weight_saves_no_input():
     saved = []
     x, weight = drawn(16, 8, seed=1), drawn(5, 8, 8, seed=2).detach()

@@ -29,7 +29,7 @@ def gpu(monkeypatch):
 
 def test_on_a_cpu_pytorch_computes():
     chosen = kernels(torch.device("cpu"), torch.bfloat16, 128)
-    assert str(chosen) == "kernels: ssd=torch conv=torch experts=grouped_mm attention=per_document loss=chunked"
+    assert str(chosen) == "kernels: ssd=torch conv=torch experts=per_expert attention=per_document loss=chunked"
     assert not uses_triton(torch.device("cpu"))
 
 

@@ -195,7 +195,7 @@ def test_a_run_prints_the_audit_and_is_stopped_by_it_before_its_first_step(train
     told = io.StringIO()
     train("train.max_steps=1", console=Console(file=told))
     assert "precision: " in told.getvalue() and " trained in fp32; " in told.getvalue()
-    assert "kernels: ssd=torch conv=torch experts=grouped_mm attention=per_document loss=chunked\n" in told.getvalue()
+    assert "kernels: ssd=torch conv=torch experts=per_expert attention=per_document loss=chunked\n" in told.getvalue()
     with pytest.raises(TrainingError, match=r"A_log: held in bfloat16"):
         train("train.max_steps=1", name="narrow", doctor=narrowed("backbone.layers.0.mixer.A_log"))
     assert not (tmp_path / "narrow" / "metrics.jsonl").exists()
