@@ -37,8 +37,8 @@ class DropoutKeys:
 
     def set(self, *, seed: int, step: int, documents_T: Tensor, positions_T: Tensor) -> None:
         """Key each token by its document's index in the split and its position in the document."""
-        run = mix(torch.tensor(seed, dtype=torch.int64) * GOLDEN + step)
-        self._keys_T = mix(mix(run.to(documents_T.device) + documents_T.long() * GOLDEN) + positions_T.long())
+        run = mix(torch.tensor(seed, dtype=torch.int64) * GOLDEN + step).item()  # a number: a copy would wait for the device
+        self._keys_T = mix(mix(documents_T.long() * GOLDEN + run) + positions_T.long())
 
 
 def dropout(x_MD: Tensor, keys_M: Tensor, *, probability: float, module: int) -> Tensor:

@@ -74,14 +74,18 @@ class CausalLM(nn.Module, ABC):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, tokens_T: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, tokens_T: Tensor, documents: Documents | Tensor, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """Hidden states [T, D] after the final norm, in the compute dtype.
 
-        `tokens_T` holds documents end to end, `cu_seqlens` [docs + 1] their borders; nothing passes from one to another.
+        `tokens_T` holds `documents` end to end, of which their borders `cu_seqlens` [docs + 1] may stand, best on the CPU: nothing waits
+        for a device then. Nothing passes from one to another.
         `positions` [T] default to each token's place in its document. With a `cache`, the first call takes one prompt per
         sequence, every later one a single token per sequence.
         """
-        documents = Documents(cu_seqlens)
+        if isinstance(documents, Tensor):
+            documents = Documents(documents, tokens_T.device)
         if positions is None:
             positions = cache.positions_T(documents) if cache else documents.positions_T
         rope = self.rope(positions)
@@ -97,7 +101,7 @@ class CausalLM(nn.Module, ABC):
         return self.lm_head(hidden_ND).float()
 
     def loss(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-        """The sum of -log p(target) over the positions that have one (not -100), fp32; only they reach the head."""
+        """The sum of -log p(target) over the positions that have one (not -100), fp32; only they reach the head. Targets on the CPU wait for no device."""
         chunk_tokens = max(1, LOGITS_PER_CHUNK[hidden_TD.device.type == "cuda"] // self.config.vocab_size)
         return linear_cross_entropy(self.lm_head, hidden_TD, targets_T, chunk_tokens=chunk_tokens)
 

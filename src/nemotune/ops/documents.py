@@ -1,7 +1,7 @@
 """Where the documents of a packed row lie, in the forms that the ops want; computed once per batch and shared by all layers.
 
 A packed row is T tokens of documents laid end to end; `cu_seqlens` [docs + 1] holds their borders, as FlashAttention names it.
-The borders are read from the device once, when `Documents` is made; nothing later waits for it.
+Borders on the CPU are read there, those on a device once, when `Documents` is made; nothing later waits for the device.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class ChunkBorders:
 
 
 class Documents:
-    """The documents of a row. `cu_seqlens`: int32 [docs + 1], from 0 to T, rising: no document is empty."""
+    """The documents of a row on `device`. `cu_seqlens`: int32 [docs + 1], from 0 to T, rising: no document is empty."""
 
-    def __init__(self, cu_seqlens: Tensor):
-        self.cu_seqlens = cu_seqlens
+    def __init__(self, cu_seqlens: Tensor, device: torch.device | str | None = None):
+        self.cu_seqlens = cu_seqlens.to(device, non_blocking=True)
         borders = cu_seqlens.tolist()
         self.lengths: list[int] = [end - start for start, end in pairwise(borders)]
         assert borders[0] == 0 and all(length > 0 for length in self.lengths), f"cu_seqlens: got {borders}, expected 0 and then rising"

@@ -2,6 +2,9 @@
 
 The loss is the sum over supervised tokens divided by their number in the GLOBAL batch, so it does not depend on how the batch is
 cut into micro batches. Gradients accumulate, and are clipped, in fp32: every trainable parameter is fp32.
+
+Where documents end and which positions are supervised is found on the CPU, and losses are summed on the device, which is waited for once
+a step: it computes one micro batch while Python prepares the next.
 """
 
 from __future__ import annotations
@@ -32,16 +35,17 @@ class StepResult:
 def accumulate(model: CausalLM, batches: Sequence[Batch], *, keys: DropoutKeys | None, seed: int, step: int) -> StepResult:
     """Add the gradients of the global batch's mean loss to the parameters."""
     supervised = sum(batch.num_supervised for batch in batches)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in batches:
-        batch = batch.to(model.device)
+        documents = Documents(batch.cu_seqlens, model.device)
         if keys is not None:
-            documents = Documents(batch.cu_seqlens)
-            keys.set(seed=seed, step=step, documents_T=batch.document_ids[documents.indices_T], positions_T=documents.positions_T)
-        loss = model.loss(model(batch.tokens_T, batch.cu_seqlens), batch.targets_T) / supervised
+            ids = batch.document_ids.to(model.device, non_blocking=True)
+            keys.set(seed=seed, step=step, documents_T=ids[documents.indices_T], positions_T=documents.positions_T)
+        hidden_TD = model(batch.tokens_T.to(model.device, non_blocking=True), documents)
+        loss = model.loss(hidden_TD, batch.targets_T) / supervised
         loss.backward()
-        total += loss.item()
-    return StepResult(total, sum(batch.num_tokens for batch in batches), supervised)
+        total += loss.detach()
+    return StepResult(total.item(), sum(batch.num_tokens for batch in batches), supervised)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
@@ -65,10 +69,10 @@ def validation_loss(model: CausalLM, batches: Iterable[Batch]) -> float:
     """Mean loss per supervised token over all batches, dropout off."""
     was_training = model.training
     model.eval()
-    total, supervised = 0.0, 0
+    total, supervised = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in batches:
-        batch = batch.to(model.device)
-        total += model.loss(model(batch.tokens_T, batch.cu_seqlens), batch.targets_T).item()
+        hidden_TD = model(batch.tokens_T.to(model.device, non_blocking=True), batch.cu_seqlens)
+        total += model.loss(hidden_TD, batch.targets_T)
         supervised += batch.num_supervised
     model.train(was_training)
-    return total / max(supervised, 1)
+    return total.item() / max(supervised, 1)

@@ -42,8 +42,7 @@ class Validation:
         self.model.eval()
         with torch.no_grad(), self.experts.counting():
             for batch in self._batches():
-                batch = batch.to(self.model.device)
-                self.model(batch.tokens_T, batch.cu_seqlens)
+                self.model(batch.tokens_T.to(self.model.device, non_blocking=True), batch.cu_seqlens)
         self.model.train(was_training)
         self._write_load(0)
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from random_models import relative
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_split import ToySplit
 
-from nemotune.data.loader import Loader
+from nemotune.data.loader import Loader, batches
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
 from nemotune.recipe import Lora
 from nemotune.train.activation import set_activation_checkpointing
-from nemotune.train.step import accumulate, gradient_norm, update
+from nemotune.train.step import accumulate, gradient_norm, update, validation_loss
 
 LENGTHS = [9, 14, 6, 21, 8, 11, 5, 17]
 
 
-def adapted(hybrid_dir, *, dropout=0.0):
-    model = load_model(hybrid_dir, dtype="float32")
+def adapted(hybrid_dir, *, dropout=0.0, dtype="float32"):
+    model = load_model(hybrid_dir, dtype=dtype)
     keys = apply_lora(
         model, Lora(rank=4, alpha=8, dropout=dropout, targets=("attention", "mamba", "mlp", "shared_experts", "experts", "lm_head"))
     )
@@ -79,3 +80,35 @@ def test_a_small_step_moves_fp32_weights_that_bf16_would_keep(hybrid_dir):
     total = sum(before[name].numel() for name in reached)
     assert moved > 0.5 * total
     assert kept_in_bf16 > 0.8 * total
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for the meta device, which stands for any: values that are read there, copies to it that block."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.copied = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function == torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            self.read += 1
+            return 1.0
+        if function == torch.ops.aten._to_copy.default and not args[0].is_meta and kwargs.get("device") == torch.device("meta"):
+            self.copied += not kwargs.get("non_blocking")
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("micro", [1, 4, 8])
+def test_a_step_and_a_validation_wait_for_the_device_once(hybrid_dir, micro):
+    model, keys = adapted(hybrid_dir, dropout=0.3, dtype="bfloat16")  # the only one that grouped_mm has there
+    model.to("meta")
+    split = ToySplit(LENGTHS)
+    step = Loader(split, global_batch_size=8, micro_batch_size=micro, seed=0).step(0)
+    assert len(step) == 8 // micro
+    with Waits() as waits:
+        accumulate(model, step, keys=keys, seed=0, step=0)
+    assert (waits.read, waits.copied) == (1, 0)
+    with Waits() as waits:
+        validation_loss(model, batches(split, max_tokens=micro))
+    assert (waits.read, waits.copied) == (1, 0)
