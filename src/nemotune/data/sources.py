@@ -13,7 +13,7 @@ from typing import Any
 from nemotune import assets
 from nemotune.data.readers import READERS, without_nested_nulls
 from nemotune.errors import DataError, MissingFileError, did_you_mean
-from nemotune.recipe.schema import Source
+from nemotune.recipe.schema import Recipe, Source
 
 Row = dict[str, Any]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -24,19 +24,33 @@ def iter_rows(source: Source) -> Iterator[Row]:
 
     Raises MissingFileError for what is not there, DataError for what cannot be read, both on the first row asked for.
     """
+    files = _local_files(source)
+    if files is None:
+        yield from _hub_rows(source)
+        return
+    for file in files:
+        yield from READERS[_suffix(file)](file)
+
+
+def require_sources(recipe: Recipe) -> None:
+    """Raise what `iter_rows` would for sources on this machine whose files are not there or of no kind that is read; nothing is opened."""
+    for source in (recipe.data.train, recipe.data.validation, recipe.data.test):
+        if isinstance(source, Source):
+            for file in _local_files(source) or ():
+                _suffix(file)
+
+
+def _local_files(source: Source) -> list[Path] | None:
+    """The files of `source` in order; None for a hub set. Raises MissingFileError, DataError."""
     builtin = assets.resolve(source.path)
     local = builtin or Path(source.path).expanduser()
     if local.is_dir():
-        files = _files(local, source.split)
-    elif local.is_file():
-        files = [local]
-    elif builtin is None and _is_hub_id(source.path) and not _nearby(local):
-        yield from _hub_rows(source)
-        return
-    else:
-        raise MissingFileError(f"{local}: no such file or directory.{_nearby(local)}")
-    for file in files:
-        yield from READERS[_suffix(file)](file)
+        return _files(local, source.split)
+    if local.is_file():
+        return [local]
+    if builtin is None and _is_hub_id(source.path) and not _nearby(local):
+        return None
+    raise MissingFileError(f"{local}: no such file or directory.{_nearby(local)}")
 
 
 def _suffix(file: Path) -> str:

@@ -7,7 +7,10 @@
 from __future__ import annotations
 
 from nemotune.evaluate.compare import compare, compare_files, summarize
-from nemotune.evaluate.run import TASKS, Summary, asked, check, run
+from nemotune.evaluate.run import TASKS, Summary, asked_line, check_recipe, check_rows, run
 from nemotune.evaluate.table import comparison_table, summary_table
 
-__all__ = ["TASKS", "Summary", "asked", "check", "compare", "compare_files", "comparison_table", "run", "summarize", "summary_table"]
+__all__ = [
+    "TASKS", "Summary", "asked_line", "check_recipe", "check_rows", "compare", "compare_files", "comparison_table", "run", "summarize",
+    "summary_table",
+]  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from nemotune.data.prepare import Prepared
 from nemotune.data.split import Split
 from nemotune.data.template import Renderer
-from nemotune.errors import DataError
+from nemotune.errors import DataError, RecipeError
 from nemotune.evaluate import multiple_choice, perplexity, span_qa, tool_calls
 from nemotune.evaluate.candidate import Candidate
 from nemotune.evaluate.compare import summarize
@@ -23,7 +23,7 @@ from nemotune.files import write_json
 from nemotune.models import CausalLM
 from nemotune.recipe import Recipe
 
-__all__ = ["TASKS", "Summary", "asked", "check", "run"]
+__all__ = ["TASKS", "Summary", "asked_line", "check_recipe", "check_rows", "run"]
 
 Summary = dict[str, dict[str, dict[str, float]]]  # {task: {metric: {"value", "n"}}}
 
@@ -33,6 +33,7 @@ TASKS: dict[str, Callable[[Candidate, HeldOut], list[Row]]] = {
     "span_qa": span_qa.score,
     "perplexity": perplexity.score,
 }
+FORMATS = {"multiple_choice": ("medmcqa",), "tool_calls": ("glaive", "chat"), "span_qa": ("squad",)}  # data.format, where a task needs one
 NEEDS: dict[str, Callable[[HeldOut, Renderer], Sequence[object]]] = {
     "multiple_choice": multiple_choice.askable,
     "tool_calls": tool_calls.askable,
@@ -41,7 +42,24 @@ NEEDS: dict[str, Callable[[HeldOut, Renderer], Sequence[object]]] = {
 }
 
 
-def check(recipe: Recipe, prepared: Prepared, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse tasks that the recipe alone shows to be without rows of their kind. Raises RecipeError."""
+    data, tasks = recipe.data, recipe.evaluate.tasks
+    problems = [
+        f"evaluate.tasks: {task} needs data.format: {' or '.join(FORMATS[task])}, got {data.format}; choose another task"
+        for task in tasks
+        if data.format not in FORMATS.get(task, (data.format,))
+    ]
+    if tasks and not (data.test or data.validation):
+        problems.append(
+            f"evaluate.tasks: got {', '.join(tasks)}, and no held-out rows to ask: set data.test=0.02 or give it rows of its own, "
+            "or evaluate.tasks=[] for no evaluation"
+        )
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def check_rows(recipe: Recipe, prepared: Prepared, tokenizer: PreTrainedTokenizerFast) -> None:
     """Refuse, before anything is trained, tasks that the held-out rows cannot serve. Raises DataError."""
     held_out, renderer = _held_out(recipe, prepared), _renderer(recipe, tokenizer)
     for task in recipe.evaluate.tasks:
@@ -58,15 +76,21 @@ def run(model: CausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, pre
     rows = [row for task in recipe.evaluate.tasks for row in TASKS[task](candidate, held_out)]
     (out_dir / "compare.json").unlink(missing_ok=True)  # it speaks of rows that are about to be replaced
     write_rows(out_dir / f"{label}.jsonl", rows)
-    write_json(out_dir / "asked.json", asked(recipe, prepared))
+    write_json(out_dir / "asked.json", _asked(recipe, prepared))
     return summarize(rows)
 
 
-def asked(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+def _asked(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """Which rows an evaluation asks: so many ("rows") "of" those of a "split". Raises DataError where none is held out."""
     split = _split(prepared)
     rows = prepared.stats["splits"][split.name]["rows"]
     return {"split": split.name, "rows": min(rows, recipe.evaluate.max_samples or rows), "of": rows}
+
+
+def asked_line(recipe: Recipe, prepared: Prepared) -> str:
+    """The same in words."""
+    found = _asked(recipe, prepared)
+    return f"asked: {found['rows']:,} of {found['of']:,} rows of {found['split']}"
 
 
 def _held_out(recipe: Recipe, prepared: Prepared) -> HeldOut:

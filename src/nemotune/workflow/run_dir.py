@@ -22,7 +22,7 @@ MAY_CHANGE = (  # what a resumed run may have otherwise: how long it goes on, wh
 )  # fmt: skip
 OF_THE_MODEL = ("method", "model.", "data.", "lora.")  # what a trained model and its prepared rows were made with
 FROM_TRAINED = ("eval", "export", "report.html")  # made from what was trained
-TRAINED = ("metrics.jsonl", "tensorboard", "checkpoints", "adapter", "model", "coverage.json", *FROM_TRAINED)
+TRAINED = ("metrics.jsonl", "tensorboard", "checkpoints", "adapter", "model", "coverage.json", "scores", *FROM_TRAINED)
 
 
 def is_begun(run_dir: Path) -> bool:

@@ -23,7 +23,7 @@ STAGES = {"run": "run", "data": "data", "plan": "plan", "train": "train", "eval"
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """The stages called, with their arguments bound to the real signatures."""
     calls: list[tuple[str, dict[str, Any]]] = []
-    for name in STAGES.values():
+    for name in (*STAGES.values(), "score"):
         signature = inspect.signature(getattr(stages, name))
         monkeypatch.setattr(
             stages, name, lambda *a, name=name, signature=signature, **k: calls.append((name, signature.bind(*a, **k).arguments))
@@ -95,6 +95,12 @@ def test_data_and_merge_options_reach_their_stages(asked: list[tuple[str, dict[s
     typed("data", "quickstart", "--show", "5")
     typed("merge", "quickstart", "--output", "out")
     assert asked[0][1]["show"] == 5 and asked[1][1]["output"] == Path("out")
+
+
+def test_a_model_named_to_eval_is_scored_alone(asked: list[tuple[str, dict[str, Any]]]) -> None:
+    typed("eval", "quickstart", "--model", "runs/quickstart/export/merged", "--overwrite")
+    [(called, arguments)] = asked
+    assert called == "score" and arguments["model"] == "runs/quickstart/export/merged" and arguments["overwrite"]
 
 
 def test_finetune_is_the_function_calling_recipe_in_short(asked: list[tuple[str, dict[str, Any]]]) -> None:

@@ -12,7 +12,7 @@ from toy_run import TINY, chat_rows
 
 from nemotune.data.prepare import prepare
 from nemotune.errors import DataError
-from nemotune.evaluate import candidate, check, compare_files, run
+from nemotune.evaluate import candidate, check_rows, compare_files, run
 from nemotune.evaluate.rows import hold_out, read_rows
 from nemotune.models import load_tokenizer
 from nemotune.recipe import load
@@ -101,5 +101,5 @@ def test_without_held_out_rows_it_is_an_error(tmp_path):
 def test_tasks_that_the_rows_cannot_serve_are_told_without_a_model(tmp_path, task):
     recipe, tokenizer, prepared = prepared_run(tmp_path, f"evaluate.tasks=[perplexity, {task}]")
     with pytest.raises(DataError, match=rf"evaluate\.tasks: {task} needs rows with"):
-        check(recipe, prepared, tokenizer)
-    check(load("quickstart", ["evaluate.tasks=[perplexity, tool_calls]"]), prepared, tokenizer)
+        check_rows(recipe, prepared, tokenizer)
+    check_rows(load("quickstart", ["evaluate.tasks=[perplexity, tool_calls]"]), prepared, tokenizer)

@@ -50,8 +50,9 @@ def test_weights_are_not_fetched_to_look_ahead(fetched, recipe, tmp_path):
     stages.run(recipe, **dry, resume=False)
     stages.data(recipe, **{**dry, "dry_run": False}, show=1)
     stages.train(recipe, **dry, resume=False)
-    stages.evaluate(recipe, **dry)
     (run_dir / "adapter").mkdir()
+    stages.evaluate(recipe, **dry)
+    stages.score(recipe, **dry, model=HUB_ID)
     stages.merge(recipe, **dry, output=None)
     assert "tokenizer.json" in fetched and WEIGHTS not in fetched
 

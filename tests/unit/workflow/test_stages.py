@@ -15,7 +15,8 @@ from toy_loop import Clock
 
 from nemotune.data import spool
 from nemotune.engines import native
-from nemotune.errors import ConflictError, RecipeError
+from nemotune.errors import ConflictError, DataError, MissingFileError, RecipeError
+from nemotune.evaluate.rows import read_rows
 from nemotune.recipe import load
 from nemotune.train import Deadline
 from nemotune.workflow import stages
@@ -60,6 +61,100 @@ def test_a_run_reads_its_rows_once(recipe, tmp_path, monkeypatch, trained_at_onc
     stages.run(recipe, resume=False, **options(tmp_path / "run"))
     assert read == ["nemotron-tiny/train.jsonl"]
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["train"]["max_steps"] == 2
+
+
+UNASKABLE = [
+    (["data.test=null"], "^evaluate.tasks: got perplexity, and no held-out rows to ask: set data.test=0.02"),
+    (["evaluate.tasks=[perplexity, span_qa]"], "^evaluate.tasks: span_qa needs data.format: squad, got chat; choose another task$"),
+]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(("changes", "message"), UNASKABLE)
+def test_tasks_that_the_recipe_cannot_serve_are_refused_before_any_work(tmp_path, changes, message, dry_run):
+    with pytest.raises(RecipeError, match=message):
+        stages.run(load("quickstart", [*SETTINGS, *changes]), resume=False, **options(tmp_path / "run", dry_run=dry_run))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_that_the_rows_cannot_serve_are_refused_before_training(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]
+    rows.write_text("".join(json.dumps({"messages": [{**turns[0], "content": f"How many {n}?"}, turns[1]]}) + "\n" for n in range(12)))
+    recipe = load("quickstart", [*SETTINGS, f"data.train={rows}", "evaluate.tasks=[tool_calls]"])
+    monkeypatch.setattr(native, "train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(DataError, match="^evaluate.tasks: tool_calls needs conversations with tools"):
+        stages.run(recipe, resume=False, **options(tmp_path / "run"))
+
+
+def test_a_dry_run_refuses_what_the_run_will_refuse(recipe, tmp_path, trained_at_once):
+    for verb in (stages.run, stages.train):
+        with pytest.raises(MissingFileError, match=r"nowhere\.jsonl: no such file"):
+            verb(load("quickstart", [*SETTINGS, "data.train=nowhere.jsonl"]), resume=False, **options(tmp_path / "new", dry_run=True))
+    with pytest.raises(MissingFileError, match="nothing trained yet"):
+        stages.evaluate(recipe, **options(tmp_path / "new", dry_run=True))
+    with pytest.raises(MissingFileError, match=r"nowhere\.jsonl: no such file"):
+        stages.data(load("quickstart", [*SETTINGS, "data.test=nowhere.jsonl"]), show=0, **options(tmp_path / "new", dry_run=True))
+    stages.train(recipe, resume=False, **options(tmp_path / "run"))
+    for verb in (stages.run, stages.train):
+        with pytest.raises(ConflictError, match="holds a run already"):
+            verb(recipe, resume=False, **options(tmp_path / "run", dry_run=True))
+    (tmp_path / "run" / "eval").mkdir()
+    with pytest.raises(ConflictError, match="holds an evaluation already"):
+        stages.evaluate(recipe, **options(tmp_path / "run", dry_run=True))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ([], "adapter, eval, export, report.html"),
+        (["export.merged=false"], "adapter, eval, report.html"),
+        (["export.merged=false", "evaluate.tasks=[]", "method=full"], "model, report.html"),
+    ],
+)
+def test_a_dry_run_lists_what_this_recipe_will_leave(tmp_path, capsys, changes, left):
+    stages.run(
+        load("quickstart", [*SETTINGS, *changes]), resume=False, **options(tmp_path / "run", dry_run=True, console=Console(width=400))
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == f"would write {tmp_path / 'run'}/: data, metrics.jsonl, checkpoints, {left}"
+
+
+def test_only_the_last_stage_of_a_run_says_what_to_type_next(recipe, tmp_path, capsys):
+    stages.run(recipe, resume=False, **options(tmp_path / "run", console=Console(width=400)))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote")]
+    assert [Path(line.split()[1]).name for line in lines] == ["data", "adapter", "eval", "merged", "report.html"]
+    assert [line for line in lines if "next:" in line] == lines[-1:]
+
+
+def test_an_evaluation_says_which_rows_it_asked_and_removes_the_report_of_the_earlier_one(recipe, tmp_path, capsys, monkeypatch):
+    stages.run(recipe, resume=False, **options(tmp_path / "run"))
+    assert (tmp_path / "run" / "report.html").is_file()
+    seeds, compare = [], stages.compare_files
+    monkeypatch.setattr(stages, "compare_files", lambda directory, seed: seeds.append(seed) or compare(directory, seed=seed))
+    stages.evaluate(recipe, **options(tmp_path / "run", overwrite=True, console=Console(width=400)))
+    assert "asked: 2 of 2 rows of test" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert seeds == [recipe.train.seed] == [42]
+
+
+def test_a_model_alone_is_scored_beside_the_run(recipe, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    stages.score(recipe, model="nemotron-tiny", **options(run_dir))
+    before = json.loads((run_dir / "scores" / "nemotron-tiny" / "asked.json").read_text())
+    stages.run(recipe, resume=False, **options(run_dir))
+    base, alone = (read_rows(path) for path in (run_dir / "eval" / "base.jsonl", run_dir / "scores" / "nemotron-tiny" / "model.jsonl"))
+    assert base == alone and before == json.loads((run_dir / "eval" / "asked.json").read_text())
+
+    stages.score(recipe, model=str(run_dir / "export" / "merged"), **options(run_dir, console=Console(width=400)))
+    told = capsys.readouterr().out
+    merged, tuned = (read_rows(path) for path in (run_dir / "scores" / "merged" / "model.jsonl", run_dir / "eval" / "tuned.jsonl"))
+    assert [row.key for row in merged] == [row.key for row in tuned]
+    assert "asked: 2 of 2 rows of test" in told and "perplexity" in told and f"wrote {run_dir / 'scores' / 'merged'}" in told
+    with pytest.raises(ConflictError, match="scores/merged: holds scores already; --overwrite replaces them"):
+        stages.score(recipe, model=str(run_dir / "export" / "merged"), **options(run_dir, dry_run=True))
+    stages.train(recipe, resume=False, **options(run_dir, overwrite=True))
+    assert not (run_dir / "scores").exists()
 
 
 def test_progress_is_on_stderr_and_results_are_on_stdout(recipe, tmp_path, capsys):
