@@ -16,7 +16,7 @@ from nemotune.data.packing import pack
 from nemotune.data.split import Document
 from nemotune.models import NemotronHConfig, parse_config
 from nemotune.recipe import Lora
-from nemotune.train.metrics import peak_memory_bytes
+from nemotune.train.memory import peak_memory_bytes
 
 NANO_30B: dict[str, Any] = {  # config.json of nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16
     "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "torch_dtype": "bfloat16", "vocab_size": 131072, "hidden_size": 2688,

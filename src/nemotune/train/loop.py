@@ -18,7 +18,8 @@ from nemotune.recipe import Recipe
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.deadline import Deadline
 from nemotune.train.health import Liveness, SpikeGuard, require_finite
-from nemotune.train.metrics import Metrics, peak_memory_bytes
+from nemotune.train.memory import give_back_freed, peak_memory_bytes
+from nemotune.train.metrics import Metrics
 from nemotune.train.progress import StepBar
 from nemotune.train.schedule import learning_rate
 from nemotune.train.step import StepResult, accumulate, gradient_norm, update
@@ -87,6 +88,7 @@ class Loop:
             require_finite(self.loss, norm, self.parameters, step=before + 1)
             self.liveness.check()
             update(self.parameters.values(), self.optimizer, learning_rate=rate, grad_norm=norm, max_grad_norm=settings.max_grad_norm)
+            give_back_freed(before + 1)
         warning = self.spikes.check(self.loss, step=before + 1)
         self.progress = self.progress.after_step(result, usual_losses=self.spikes.usual, spikes=self.spikes.spikes)
         return Step(result, rate, norm, warning, seconds=time.perf_counter() - started, memory=peak_memory_bytes())

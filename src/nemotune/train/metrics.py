@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from nemotune.errors import DataError
 from nemotune.files import atomic_file, disk_full_is_readable
@@ -101,10 +98,3 @@ def _parse(line: bytes, *, number: int, path: Path) -> dict[str, Any]:
         return json.loads(line)
     except ValueError as error:
         raise DataError(f"{path}, line {number}: is no row of the record ({error}); remove that line") from error
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that the process held: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

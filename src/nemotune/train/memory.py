@@ -1,0 +1,29 @@
+"""What memory a run holds: the most so far, and on the CPU the return of what it has freed. It is no accountant: `plan` counts ahead."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+
+import torch
+
+GIVE_BACK_EVERY = 4  # steps: paging the memory in again costs 2 % of a step
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that the process held: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def give_back_freed(step: int) -> None:
+    """Every few steps, hand the system the pages that hold nothing but freed blocks: glibc keeps them, scattered, and grows beside them.
+
+    Without a word where the C library has no `malloc_trim`.
+    """
+    if step % GIVE_BACK_EVERY == 0 and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
