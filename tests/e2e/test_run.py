@@ -46,6 +46,15 @@ def test_merged_model_answers_in_transformers_as_it_does_here(nemotune, recipe_f
     assert any(answer[-1] in stops for answer in answers), "some answer has to end by itself"
 
 
+def test_the_function_calling_recipe_takes_a_hybrid_as_its_base(nemotune, tmp_path):
+    """What `finetune --model nemotron-tiny` does: the recipe's own base is a llama, and its targets have to be there in both families."""
+    rows = ("data.train=nemotron-tiny/train.jsonl", "data.format=chat", "data.max_samples=20", "data.validation=0.1", "data.test=0.1")
+    short = ("train.optimizer=adamw", "train.max_steps=2", "train.eval_every=null", "evaluate.max_samples=1", "evaluate.max_new_tokens=4")
+    result = nemotune("run", "glaive-nano-4b", "model.path=nemotron-tiny", *rows, *short)
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "runs" / "glaive-nano-4b" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_full_tuning_and_pretraining_leave_models_that_load(nemotune, recipe_file, small_model, tmp_path):
     full = nemotune("run", recipe_file, "name=full", "method=full", "train.max_steps=3")
     assert full.returncode == 0, full.stdout

@@ -39,6 +39,8 @@ class Verbs(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         verb = args[0]
         if verb not in VERBS and not verb.startswith("-"):
+            if verb == "finetune":
+                ctx.fail("finetune is a command of its own: type it without nemotune, as `finetune --help`.")
             ctx.fail(f"no verb '{verb}'.{did_you_mean(verb, VERBS)} `nemotune --help` lists them.")
         return super().resolve_command(ctx, args)
 

@@ -96,6 +96,11 @@ def test_mistake_is_one_readable_block(command: Command, words: list[str], lines
         assert line.startswith(f"  {expected}")
 
 
+def test_finetune_is_told_to_be_a_command_of_its_own(command: Command) -> None:
+    result = command("finetune", "--max-samples", "10")
+    assert result.returncode == 2 and "finetune is a command of its own: type it without nemotune" in " ".join(result.stderr.split())
+
+
 def test_debug_shows_where_an_error_came_from(command: Command) -> None:
     for words in (["--debug", "run", "quikstart"], ["run", "quikstart", "--debug"]):
         done = command(*words)

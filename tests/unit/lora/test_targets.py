@@ -10,7 +10,7 @@ from random_models import make
 from nemotune.errors import RecipeError, UnsupportedError
 from nemotune.lora import apply_lora, coverage, lora_modules
 from nemotune.models import load_model
-from nemotune.recipe import Lora
+from nemotune.recipe import Lora, load
 
 
 def names(tmp_path, variant, targets):
@@ -26,6 +26,20 @@ def test_default_reaches_every_linear_block_type_but_out_proj_and_the_head(tmp_p
         *(f"2.mixer.{p}_proj" for p in "qkvo"),
         *(f"{layer}.mixer.{owner}.{p}_proj" for layer in (1, 5) for owner in ("experts", "shared_experts") for p in ("up", "down")),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "published"),
+    [
+        ("glaive-nano-4b", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+        ("fiqa-nano-8b", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    ],
+)
+def test_built_in_recipes_reach_on_llama_what_was_published_and_on_a_hybrid_something(tmp_path, recipe, published):
+    targets = load(recipe).lora.targets
+    assert names(tmp_path / "a", "llama", targets) == names(tmp_path / "b", "llama", published)
+    assert {name.split(".")[-1] for name in names(tmp_path / "c", "llama", targets)} == set(published)
+    assert names(tmp_path / "d", "hybrid", targets)
 
 
 def test_latent_projections_are_a_block_type(tmp_path):
