@@ -35,6 +35,7 @@ class ModelConfig:
     intermediate_size: int
     norm_eps: float
     initializer_range: float
+    rescale_prenorm_residual: bool
     attention_bias: bool
     mlp_bias: bool
     tie_word_embeddings: bool
@@ -69,7 +70,6 @@ class NemotronHConfig(ModelConfig):
     time_step_min: float
     time_step_max: float
     time_step_floor: float
-    rescale_prenorm_residual: bool
     n_routed_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
@@ -155,6 +155,7 @@ def _common(keys: _Keys) -> dict[str, Any]:
         "head_dim": keys("head_dim", "attention_head_dim", default=keys("hidden_size") // heads),
         "norm_eps": keys("layer_norm_epsilon", "rms_norm_eps", "norm_eps", default=1e-5),
         "initializer_range": keys("initializer_range", default=0.02),
+        "rescale_prenorm_residual": keys("rescale_prenorm_residual", default=True),
         "attention_bias": keys("attention_bias", default=False),
         "mlp_bias": keys("mlp_bias", default=False),
         "tie_word_embeddings": keys("tie_word_embeddings", default=False),
@@ -212,7 +213,6 @@ def _nemotron_h(keys: _Keys) -> NemotronHConfig:
         time_step_min=keys("time_step_min", "mamba_dt_min", default=0.001),
         time_step_max=keys("time_step_max", "mamba_dt_max", default=0.1),
         time_step_floor=keys("time_step_floor", "mamba_dt_init_floor", default=1e-4),
-        rescale_prenorm_residual=keys("rescale_prenorm_residual", default=True),
         n_routed_experts=keys("n_routed_experts", "num_local_experts") if has_moe else 0,
         num_experts_per_tok=keys("num_experts_per_tok") if has_moe else 0,
         moe_intermediate_size=keys("moe_intermediate_size") if has_moe else 0,

@@ -1,7 +1,7 @@
 """Fresh weights for pretraining, drawn as Nemotron-H's are (arXiv 2504.03624; the ranges are config.json's).
 
-Normal weights of `initializer_range`, projections into the residual stream scaled by 1 / sqrt(2 layers), A uniform in [1, 16],
-dt log-uniform in [time_step_min, time_step_max].
+Normal weights of `initializer_range`, projections into the residual stream scaled by 1 / sqrt(2 layers) where
+`rescale_prenorm_residual` says so, A uniform in [1, 16], dt log-uniform in [time_step_min, time_step_max].
 """
 
 from __future__ import annotations
@@ -43,5 +43,6 @@ def draw(name: str, tensor: Tensor, model: CausalLM, generator: torch.Generator)
     if owner == "conv1d":
         bound = tensor.shape[-1] ** -0.5
         return torch.rand(tensor.shape, generator=generator).mul(2 * bound).sub(bound)
-    scale = config.initializer_range / (math.sqrt(2 * len(model.blocks)) if owner in INTO_RESIDUAL else 1)
+    is_rescaled = owner in INTO_RESIDUAL and config.rescale_prenorm_residual
+    scale = config.initializer_range / (math.sqrt(2 * len(model.blocks)) if is_rescaled else 1)
     return torch.randn(tensor.shape, generator=generator).mul(scale)
