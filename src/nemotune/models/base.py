@@ -79,8 +79,8 @@ class CausalLM(nn.Module, ABC):
     ) -> Tensor:
         """Hidden states [T, D] after the final norm, in the compute dtype.
 
-        `tokens_T` holds `documents` end to end, of which their borders `cu_seqlens` [docs + 1] may stand, best on the CPU: nothing waits
-        for a device then. Nothing passes from one to another.
+        `tokens_T` holds `documents` end to end, given as such or by their borders `cu_seqlens` [docs + 1], best on the CPU: nothing waits
+        for a device then. Nothing passes from one document to another.
         `positions` [T] default to each token's place in its document. With a `cache`, the first call takes one prompt per
         sequence, every later one a single token per sequence.
         """
@@ -101,7 +101,10 @@ class CausalLM(nn.Module, ABC):
         return self.lm_head(hidden_ND).float()
 
     def loss(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-        """The sum of -log p(target) over the positions that have one (not -100), fp32; only they reach the head. Targets on the CPU wait for no device."""
+        """The sum of -log p(target) over the positions that have one (not -100), fp32; only they reach the head.
+
+        `targets_T` best lies on the CPU: nothing waits for a device then.
+        """
         chunk_tokens = max(1, LOGITS_PER_CHUNK[hidden_TD.device.type == "cuda"] // self.config.vocab_size)
         return linear_cross_entropy(self.lm_head, hidden_TD, targets_T, chunk_tokens=chunk_tokens)
 

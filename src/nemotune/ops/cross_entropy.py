@@ -15,7 +15,8 @@ def linear_cross_entropy(head: nn.Module, hidden_TD: Tensor, targets_T: Tensor, 
     """The sum of -log p(target) over positions whose target is not -100, fp32; zero (with a gradient) where there are none.
 
     `head` maps [n, D], and which positions these are [n], to logits [n, V]; those of its parameters that require a gradient get one.
-    Targets on the CPU are looked through there: which are supervised is otherwise waited for. Each chunk's gradient is taken while its logits are there, so they are computed once and memory is one chunk of them, never the row's.
+    Each chunk's gradient is taken while its logits are there, so they are computed once and memory is one chunk of them, never the row's.
+    Targets may lie on the CPU: which are supervised is then known without waiting for the device of `hidden_TD`.
     """
     rows_N = (targets_T != IGNORE).nonzero().squeeze(-1)
     targets_N, rows_N = (part.to(hidden_TD.device, non_blocking=True) for part in (targets_T[rows_N], rows_N))
