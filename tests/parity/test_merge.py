@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from random_models import make, relative, with_our_dt_limits
@@ -113,6 +115,22 @@ def test_an_update_is_computed_in_fp32_and_rounded_once(tmp_path):
         assert torch.equal(got, (weight.float() + delta).bfloat16()), name
         rounded_twice += int((got != weight + delta.bfloat16()).sum())
     assert rounded_twice > 100, "weights that bf16 arithmetic would change"
+
+
+def test_a_base_that_lacks_a_tensor_is_refused_before_a_byte_is_written(tmp_path):
+    with_adapter(tmp_path, "hybrid", Lora(rank=4, targets=("attention",)))
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    shard = tmp_path / "base" / listed["weight_map"].pop("backbone.norm_f.weight")
+    index.write_text(json.dumps(listed))
+    tensors = load_file(shard)
+    del tensors["backbone.norm_f.weight"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors do not fit config.json:\n  backbone\.norm_f\.weight: missing, expected shape \(32,\)"
+    ):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", done=lambda _: pytest.fail("wrote"))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_on_a_tied_head_is_refused(tmp_path):

@@ -119,6 +119,16 @@ def test_a_token_loses_other_features_in_each_of_its_experts():
     assert not set(by_row.tolist()) & set(keys.tolist())
 
 
+def test_experts_add_the_update_of_dropped_rows_to_the_base_of_whole_ones():
+    layer, sent, x = drawn(experts(Lora(rank=4, alpha=8, dropout=0.5), keys=keyed(positions=4))), dispatch(ROUTING, 3), torch.randn(8, 12)
+    dropped = dropout(x, expert_keys(layer.keys.of_tokens, sent), probability=0.5, module=layer.module_id)
+    update = 2.0 * layer.lora_B @ layer.lora_A
+    by_row = [layer.base.weight[e] @ row + update[e] @ left for row, left, e in zip(x, dropped, sent.experts_M, strict=True)]
+    same(layer(x, sent), torch.stack(by_row))
+    whole = layer.eval()(x, sent)
+    assert (layer.train()(x, sent) - whole).abs().max() > 0.1 * whole.abs().max()
+
+
 def test_dropout_is_off_in_evaluation():
     layer, x = drawn(linear(Lora(rank=4, alpha=8, dropout=0.5))), torch.randn(7, 12)
     plain = drawn(linear())(x)

@@ -93,6 +93,11 @@ def test_a_config_that_does_not_fit_is_named(change, words, tmp_path):
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_linear_rope_scaling_is_its_factor(key):
+    assert parse_config({**LLAMA, "rope_scaling": {key: "linear", "factor": 4.0}}).rope_scaling == 4.0
+
+
 def test_unknown_rope_scaling_is_refused_rather_than_ignored():
     with pytest.raises(CheckpointError, match="yarn"):
         parse_config({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})

@@ -37,6 +37,11 @@ def test_b_has_the_ratio_and_every_other_parameter_the_rate(adapters):
     assert set(rates(make_optimizer(adapters, Train(learning_rate=0.01)), adapters).values()) == {0.01}
 
 
+def test_a_and_b_are_decayed_alike(adapters):
+    optimizer = make_optimizer(adapters, Train(learning_rate=0.01, weight_decay=0.1), plus_ratio=16)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1]
+
+
 def test_full_tuning_has_one_rate_whatever_the_ratio(tmp_path):
     make("llama").save_pretrained(tmp_path)
     parameters = trained(load_model(tmp_path, dtype="float32", trainable=True))

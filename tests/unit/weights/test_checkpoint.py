@@ -30,6 +30,8 @@ def test_what_is_written_is_read_by_safetensors_and_by_us(tmp_path, max_shard_by
     assert all(torch.equal(theirs[n], t) and torch.equal(ours.read(n), t) and ours.tensors[n].shape == t.shape for n, t in TENSORS.items())
     assert sum(written) == plan.num_bytes == ours.num_bytes
     assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_bytes == 30)
+    for file in tmp_path.glob("*.safetensors"):
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0, "the format's alignment of what follows the header"
 
 
 def sharded(path):
