@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemotune.errors import CheckpointError, MissingFileError
+from nemotune.errors import CheckpointError, MissingFileError, UnsupportedError
 from nemotune.ops.rope import Llama3Scaling
 
 BLOCK_TYPES = {
@@ -122,7 +122,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_config(directory: Path) -> NemotronHConfig | LlamaConfig:
-    """The config of the model in `directory`. Raises MissingFileError or CheckpointError."""
+    """The config of the model in `directory`. Raises MissingFileError, CheckpointError, and UnsupportedError where it is quantised."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file; expected a Hugging Face model directory")
@@ -141,6 +141,9 @@ def parse_config(raw: dict[str, Any], path: Path = Path("config.json")) -> Nemot
     model_type = raw.get("model_type")
     if model_type not in readers:
         raise CheckpointError(f"{path}: model_type: got {model_type!r}, expected one of {', '.join(readers)}")
+    if quantized := raw.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UnsupportedError(f"{path}: quantization_config: got {method}; quantised checkpoints cannot be tuned, use the BF16 release")
     return readers[model_type](_Keys(raw, path))
 
 

@@ -31,6 +31,7 @@ from nemotune.weights.mapping import Piece, pieces_of
 FAMILIES: dict[type, type[CausalLM]] = {NemotronHConfig: NemotronH, LlamaConfig: Llama}
 UNUSED_PREFIXES = ("mtp.",)  # multi-token prediction: kept on disk, never computed
 HEAD = "lm_head.weight"
+TRAINABLE = {"BF16", "F16", "F32", "F64"}  # dtypes on disk; any other is that of quantised weights
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "LICENSE*", "NOTICE*")
 
 Dtype = Literal["bfloat16", "float32"]
@@ -157,8 +158,9 @@ def _disk_name(piece: Piece, model: CausalLM) -> str:
 def check_weights(model: CausalLM, source: Checkpoint) -> None:
     """Every tensor that the model needs is there in its shape, every tensor that is there is needed or known to be unused, a tied head is a copy.
 
-    Raises CheckpointError with everything that does not fit.
+    Raises CheckpointError with everything that does not fit, UnsupportedError where it is quantised.
     """
+    _refuse_quantised(model, source)
     problems, used, state = [], set(), _state(model)
     for disk_name, (name, index) in disk_pieces(model):
         expected = tuple(state[name].shape)[0 if index is None else 1 :]
@@ -176,6 +178,15 @@ def check_weights(model: CausalLM, source: Checkpoint) -> None:
         )
     if _has_copied_head(model):
         _check_copied_head(model, source)
+
+
+def _refuse_quantised(model: CausalLM, source: Checkpoint) -> None:
+    """Told first: the scales beside quantised weights have no place in the model either."""
+    stored = {source.tensors[name].dtype for name, _ in disk_pieces(model) if name in source}
+    if coarse := sorted(stored - TRAINABLE):
+        raise UnsupportedError(
+            f"{source.directory}: stored as {', '.join(coarse)}: quantised checkpoints cannot be tuned, use the BF16 release"
+        )
 
 
 def _is_unused(name: str) -> bool:
@@ -205,10 +216,7 @@ def _stored(name: str, shape: torch.Size, model: CausalLM) -> Iterator[tuple[Pie
     """The tensors on disk that make up `name`, one at a time."""
     assert model.source is not None
     for piece in pieces_of(name, shape, model.stacks):
-        value = model.source.read(_disk_name(piece, model))
-        if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
-            raise UnsupportedError(f"{name}: stored as {NAMES[value.dtype]}; quantised checkpoints cannot be tuned, use the BF16 release")
-        yield piece, value
+        yield piece, model.source.read(_disk_name(piece, model))
 
 
 def _assign(model: CausalLM, name: str, tensor: Tensor) -> None:

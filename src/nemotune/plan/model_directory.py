@@ -20,7 +20,6 @@ from nemotune.errors import DataError, MissingFileError, NemotuneError
 from nemotune.export import untrained_rows
 from nemotune.files import read_json
 from nemotune.models import CausalLM, LlamaConfig, NemotronHConfig, load_tokenizer, read_config
-from nemotune.weights.dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -108,17 +107,9 @@ def _weights(model: CausalLM) -> Check:
     checkpoint = model.source
     assert checkpoint is not None
     dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
-    coarse = [name for name in dtypes if not _is_trainable(name)]
-    if coarse:
-        return Check("weights", "error", f"stored as {', '.join(coarse)}: quantised checkpoints cannot be tuned; use the BF16 release")
     files = len({info.file for info in checkpoint.tensors.values()})
     count = f"{len(checkpoint.tensors):,} tensors in {files} file{'s' * (files > 1)}"
     return Check("weights", "ok", f"{count}, {checkpoint.num_bytes / 1e9:.2f} GB, {', '.join(dtypes)}")
-
-
-def _is_trainable(dtype: str) -> bool:
-    kind = TORCH_DTYPES.get(dtype)
-    return kind is not None and kind.is_floating_point and kind.itemsize >= 2
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerFast, config: Config | None) -> Check:

@@ -10,7 +10,7 @@ import torch
 from random_models import make
 from safetensors.torch import load_file, save_file
 
-from nemotune.errors import CheckpointError, MissingFileError, RecipeError
+from nemotune.errors import CheckpointError, MissingFileError, RecipeError, UnsupportedError
 from nemotune.models import load_model, locate, save_model
 from nemotune.weights import Checkpoint
 
@@ -40,6 +40,26 @@ def test_multi_token_prediction_is_kept_and_written_back(hybrid, tmp_path):
 def test_an_unknown_tensor_is_an_error(hybrid):
     change(hybrid, lambda tensors: {**tensors, "backbone.layers.0.mixer.surprise": torch.ones(2)})
     with pytest.raises(CheckpointError, match=r"backbone\.layers\.0\.mixer\.surprise: has no place"):
+        load_model(hybrid)
+
+
+def quantised(tensors):
+    """As releases in FP8 store them: weights in eight bits, a scale for each and one for its input."""
+    weights = [name for name in tensors if name.endswith("_proj.weight")]
+    scales = {name.replace("weight", which): torch.ones(()) for name in weights for which in ("weight_scale", "input_scale")}
+    return {**tensors, **{name: tensors[name].to(torch.float8_e4m3fn) for name in weights}, **scales}
+
+
+def test_a_quantised_release_is_refused_by_its_dtype(hybrid):
+    change(hybrid, quantised)
+    with pytest.raises(UnsupportedError, match=r"hf: stored as F8_E4M3: quantised checkpoints cannot be tuned, use the BF16 release"):
+        load_model(hybrid)
+
+
+def test_a_quantised_release_is_refused_by_its_config(hybrid):
+    config = json.loads((hybrid / "config.json").read_text())
+    (hybrid / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "modelopt"}}))
+    with pytest.raises(UnsupportedError, match=r"config\.json: quantization_config: got modelopt; quantised .* use the BF16 release"):
         load_model(hybrid)
 
 

@@ -98,7 +98,7 @@ def quantise(tensors):
     [
         (pop, "backbone.norm_f.weight: missing, expected shape (256,)"),
         (cut, f"lm_head.weight: got shape ({VOCABULARY - 1}, 256), expected ({VOCABULARY}, 256)"),
-        (quantise, "stored as F8_E4M3: quantised checkpoints cannot be tuned; use the BF16 release"),
+        (quantise, "stored as F8_E4M3: quantised checkpoints cannot be tuned, use the BF16 release"),
         (lambda tensors: tensors.update(extra=torch.ones(2)), "extra: has no place in the model"),
     ],
 )
