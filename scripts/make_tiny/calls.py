@@ -10,7 +10,7 @@ import random
 
 from scripts.make_tiny import words
 from scripts.make_tiny.rendering import assistant, user
-from scripts.make_tiny.tools import HELD_OUT_TOOLS, TOOLS, TRAINING_TOOLS, Tool, rivals
+from scripts.make_tiny.tools import HELD_OUT_TOOLS, KINDS, TOOLS, TRAINING_TOOLS, Tool, rivals
 
 REFUSAL = "None of my functions can do that."
 REFUSED = 0.15  # share of the rows in which no declared function fits
@@ -21,13 +21,18 @@ def training_rows(rng: random.Random, count: int) -> list[dict]:
 
 
 def test_rows(rng: random.Random, count: int) -> list[dict]:
-    """Functions of the training rows; names, places and titles that no training row holds (the pretraining text does)."""
-    return _grouped([_row(rng, TRAINING_TOOLS, TRAINING_TOOLS, held_out=True) for _ in range(count)], "held-out arguments")
+    """Functions of the training rows; each request names a person, place or title that no training row holds (the pretraining text does)."""
+    return _grouped([_row(rng, _open(TRAINING_TOOLS), TRAINING_TOOLS, held_out=True) for _ in range(count)], "held-out arguments")
 
 
 def new_tool_rows(rng: random.Random, count: int) -> list[dict]:
     """Functions that no training row and no pretraining text declares, beside any others; held-out values as in `test_rows`."""
-    return _grouped([_row(rng, HELD_OUT_TOOLS, TOOLS, held_out=True) for _ in range(count)], "held-out tools")
+    return _grouped([_row(rng, _open(HELD_OUT_TOOLS), TOOLS, held_out=True) for _ in range(count)], "held-out tools")
+
+
+def _open(tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
+    """Those whose requests can hold a value that training lacks: rooms, days and numbers are lists that both sides share."""
+    return tuple(tool for tool in tools if any(KINDS[slot].open for slot in tool.slots))
 
 
 def _row(rng: random.Random, tools: tuple[Tool, ...], others: tuple[Tool, ...], *, held_out: bool) -> dict:

@@ -109,6 +109,17 @@ def test_held_out_functions_are_declared_in_no_training_row():
     assert len(known & trained) > 0.9 * len(known)
 
 
+@pytest.mark.parametrize("name", ["test/arguments.jsonl", "test/tools.jsonl"])
+def test_every_test_row_asks_for_something_that_no_training_row_holds(name):
+    """Its question stands in none, and each of its calls has a value that no training row's call has."""
+    trained = [function for row in read_rows("train.jsonl") for function in called(row)]
+    questions = {message["content"] for row in read_rows("train.jsonl") for message in row["messages"] if message["role"] == "user"}
+    values = {str(value) for function in trained for value in function["arguments"].values()}
+    rows = read_rows(name)
+    assert not questions & {message["content"] for row in rows for message in row["messages"] if message["role"] == "user"}
+    assert [f for row in rows for f in called(row) if values.issuperset(map(str, f["arguments"].values()))] == []
+
+
 def open_values(name: str) -> set[str]:
     """Names, places and titles of the calls; days and rooms come from lists of seven and eight that both sides share."""
     closed = {"day", "weekday", "room", "location"}
