@@ -21,13 +21,23 @@ Figures = dict[str, float]
 
 
 def in_turn(contenders: Mapping[str, Sequence[str]], *, rounds: int) -> dict[str, Figures]:
-    """Run every command once a round. The figures are medians over the rounds; `peak_gb` is the process's largest resident size."""
+    """Run every command once a round. The figures are medians over the rounds, of several with the lowest and highest of each as well
+    (`<key>_low`, `<key>_high`); `peak_gb` is the process's largest resident size.
+    """
     runs: dict[str, list[Figures]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name, command in contenders.items():
             print(f"round {number + 1}/{rounds}: {name} ...", file=sys.stderr, flush=True)
             runs[name].append(_run(command))
-    return {name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
+    return {name: _over_rounds(found) for name, found in runs.items()}
+
+
+def _over_rounds(runs: list[Figures]) -> Figures:
+    figures = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    if len(runs) == 1:
+        return figures
+    ends = {"low": min, "high": max}
+    return figures | {f"{key}_{end}": choose(run[key] for run in runs) for key in runs[0] for end, choose in ends.items()}
 
 
 def _run(command: Sequence[str]) -> Figures:

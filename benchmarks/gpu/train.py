@@ -5,7 +5,8 @@
 A step is one packed row. Tokens a second are those of documents; the share is `lora_step_flops` (roofline.py: 4 operations per frozen
 active parameter and token, 6 per adapter's, and the products of attention and scan) a second over a large bf16 product's on the same
 device. Routing is the random router's own. Each part is a process of its own and ends inside ten minutes; figures of earlier parts stay
-in the file. transformers holds the stacked experts wide under bitsandbytes, so NF4 has no peer. `--small` tries all of it on a CPU.
+in the file, each with its device, date and setting. transformers holds the stacked experts wide under bitsandbytes, so NF4 has no peer.
+`--small` tries all of it on a CPU, and keeps those figures in a file of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
+from typing import Any
 
 import torch
 
@@ -38,17 +41,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(parts) > 1:
         given = [word for word in (argv or sys.argv[1:]) if word not in (*parts, "--only")]
         harness.in_turn({part: [sys.executable, "-m", "benchmarks.gpu.train", *given, "--only", part] for part in parts}, rounds=1)
-        print(show(kept()))
+        print(show(kept(small=asked.small)))
         return
     keys = ("small", "device", "experts", "checkpointing", "warmup_steps", "steps")
     setting = Setting(part=parts[0], **{key: getattr(asked, key) for key in keys})
     figures = measure(setting, profile=asked.profile)
-    name = f"{setting.part}{'-experts' if setting.experts else ''}"
-    about = {"device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu"}
-    all_figures = kept() | {name: figures | {"setting": asdict(setting)}}
+    name = f"{setting.part}{'-experts' if setting.experts else ''}, {setting.checkpointing}"
+    device = torch.cuda.get_device_name() if setting.device == "cuda" else "cpu"
+    row = figures | {"device": device, "date": date.today().isoformat(), "setting": asdict(setting)}
+    all_figures = kept(small=setting.small) | {name: row}
     installed = [package for package in PACKAGES if importlib.util.find_spec(package)]
-    path = harness.save("gpu.train", about | {"figures": all_figures}, packages=installed)
-    print(show({name: figures}), f"wrote {path}", sep="\n", file=sys.stderr)
+    path = harness.save(_file(setting.small), {"figures": all_figures, "table": show(all_figures)}, packages=installed)
+    print(show({name: row}), f"wrote {path}", sep="\n", file=sys.stderr)
     print(json.dumps(figures))
 
 
@@ -77,19 +81,26 @@ def _contender(setting: Setting, clock: Clock, profile: bool) -> dict[str, float
     return with_peft.measure(setting, clock)
 
 
-def kept() -> dict[str, dict]:
+def _file(small: bool) -> str:
+    return "gpu.train.small" if small else "gpu.train"
+
+
+def kept(*, small: bool = False) -> dict[str, dict]:
     """The figures of the parts measured so far."""
-    path = harness.RESULTS / "gpu.train.json"
+    path = harness.RESULTS / f"{_file(small)}.json"
     return json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else {}
 
 
 def show(figures: dict[str, dict]) -> str:
     """A row per part."""
-    rows = [(part, *(_cell(found, key) for key in COLUMNS.values())) for part, found in figures.items()]
-    return harness.table(("", *COLUMNS), rows)
+    rows = [
+        (name, *(_cell(found, key) for key in COLUMNS.values()), str(found["setting"]["steps"]), found["device"])
+        for name, found in figures.items()
+    ]
+    return harness.table(("part, checkpointing", *COLUMNS, "steps", "device"), rows)
 
 
-def _cell(found: dict[str, float], key: str) -> str:
+def _cell(found: dict[str, Any], key: str) -> str:
     if "out_of_memory" in found:
         return "out of memory" if key == "device_peak_gb" else ""
     if key not in found:

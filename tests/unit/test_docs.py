@@ -294,8 +294,9 @@ def test_every_promise_names_tests_that_exist():
 
 def test_tables_of_performance_are_those_that_were_measured():
     page = (ROOT / "docs" / "performance.md").read_text()
-    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    results = sorted(path for path in (ROOT / "benchmarks" / "results").glob("*.json") if not path.stem.endswith(".small"))
     assert results
     for path in results:
         measured = json.loads(path.read_text())
-        assert measured["table"] in page and measured["command"] in page and measured["date"] in page, path.name
+        told = [measured[key] for key in ("table", "told", "command", "date") if key in measured]
+        assert [text for text in told if text not in page] == [], path.name

@@ -41,11 +41,30 @@ def test_train_keeps_the_figures_of_each_part(tmp_path, monkeypatch, capsys):
     for part in ("native-bf16-4096", "native-nf4-4096", "peft-bf16-4096"):
         train.main(["--small", "--steps", "1", "--warmup-steps", "1", "--only", part])
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_per_second"] > 0
-    figures = train.kept()
+    assert train.kept() == {}, "figures of a model of a few thousand parameters are no figures of a GPU"
+    figures = train.kept(small=True)
     uniform = torch.tensor(float(setting.SMALL["vocab_size"])).log().item()
     for found in figures.values():
         assert found["first_loss"] == pytest.approx(uniform, rel=0.03) and 0 < found["share"] < 1
     assert train.show(figures).count("\n") == 4
+    for found in json.loads((tmp_path / "gpu.train.small.json").read_text())["figures"].values():
+        assert found["device"] == "cpu" and found["date"] and found["setting"]["small"]
+
+
+def test_figures_of_another_setting_are_a_row_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(train, "measure", lambda setting, profile: {"tokens_per_second": float(setting.steps)})
+    one = ["--small", "--only", "native-bf16-4096"]
+    train.main(one)
+    for more in (["--checkpointing", "full"], ["--experts"], ["--steps", "3"]):
+        train.main([*one, *more])
+    figures = train.kept(small=True)
+    assert {name: found["tokens_per_second"] for name, found in figures.items()} == {
+        "native-bf16-4096, selective": 3.0, "native-bf16-4096, full": 8.0, "native-bf16-4096-experts, selective": 8.0,
+    }  # fmt: skip
+    heading, _, first, *_ = train.show(figures).splitlines()
+    cells = dict(zip(heading.split(" | "), first.split(" | "), strict=True))
+    assert cells["device |"] == "cpu |" and cells["steps"] == "3" and "selective" in first
 
 
 def test_every_contender_gets_the_same_documents():

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import harness, load, ops  # noqa: E402
+from benchmarks import harness, load, ops, train_vs_trl  # noqa: E402
 
 
 @pytest.fixture
@@ -32,6 +32,29 @@ def test_ops_and_those_of_transformers_give_the_same(results, capsys):
         assert len(rows) == 10 and figures[dtype]["matmul_gflops"] > 0
         for name, row in rows.items():
             assert row["difference"] < (2e-2 if "NF4" in name else limit), (dtype, name)
+
+
+@pytest.mark.parametrize("family", train_vs_trl.CONFIGS)
+def test_what_is_told_of_trl_is_computed_from_the_figures(family):
+    """docs/performance.md holds the table and the sentence word for word (test_docs.py)."""
+    kept = json.loads((ROOT / "benchmarks" / "results" / f"train_vs_trl_{family}.json").read_text())
+    assert kept["table"] == train_vs_trl.show(kept["figures"]) and kept["told"] == train_vs_trl.told(kept["figures"], **kept["counts"])
+    slower = kept["figures"] | {"nemotune, bf16": kept["figures"]["nemotune, bf16"] | {"tokens_per_second": 1.0}}
+    assert "runs 0.01 times" in train_vs_trl.told(slower, **kept["counts"])
+
+
+def test_figures_of_several_rounds_come_with_their_ends():
+    values = iter([5.0, 1.0, 3.0])
+    commands = {"a": [sys.executable, "-c", ""]}
+
+    def run(command):
+        return {"tokens_per_second": next(values)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "_run", run)
+        found = harness.in_turn(commands, rounds=3)["a"]
+    assert found == {"tokens_per_second": 3.0, "tokens_per_second_low": 1.0, "tokens_per_second_high": 5.0}
+    assert train_vs_trl._speed(found) == "3 (1 to 5)"
 
 
 def test_every_contender_loads_the_directory(tmp_path):
