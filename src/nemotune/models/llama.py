@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nemotune.models.base import CausalLM, Head
 from nemotune.models.cache import KVState
 from nemotune.models.config import LlamaConfig
-from nemotune.models.layers import AttentionCore, Linear, RMSNorm
+from nemotune.models.layers import AttentionCore, Embedding, Linear, RMSNorm
 from nemotune.ops.documents import Documents
 from nemotune.ops.rope import apply_rope, rope_frequencies, rotary
 
@@ -56,7 +56,7 @@ class Llama(CausalLM):
 class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 

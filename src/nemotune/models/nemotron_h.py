@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nemotune.models.base import CausalLM, Head
 from nemotune.models.cache import KVState, MambaState
 from nemotune.models.config import NemotronHConfig
-from nemotune.models.layers import AttentionCore, GroupedLinear, Linear, RMSNorm
+from nemotune.models.layers import AttentionCore, Embedding, GroupedLinear, Linear, RMSNorm
 from nemotune.ops.conv import causal_conv1d, causal_conv1d_step, conv_state
 from nemotune.ops.documents import Documents
 from nemotune.ops.experts import Dispatch, Routing, combine, dispatch, route, sorted_rows
@@ -74,7 +74,7 @@ class NemotronH(CausalLM):
 class Backbone(nn.Module):
     def __init__(self, config: NemotronHConfig):
         super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, block_type) for block_type in config.block_types)
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
 

@@ -55,6 +55,12 @@ def test_recipes_need_no_torch() -> None:
     }
 
 
+def test_counting_a_model_loads_no_compiler() -> None:
+    """It takes a second, and memory to the end."""
+    loaded = modules_after("from nemotune.plan.cost import estimate\nfrom nemotune.recipe import load\nestimate(load('quickstart'))")
+    assert "torch" in loaded and "torch._dynamo" not in loaded
+
+
 def test_help_lists_every_verb_and_every_verb_has_help(command: Command) -> None:
     done = command("--help")
     assert done.returncode == 0
