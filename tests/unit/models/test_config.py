@@ -98,6 +98,41 @@ def test_linear_rope_scaling_is_its_factor(key):
     assert parse_config({**LLAMA, "rope_scaling": {key: "linear", "factor": 4.0}}).rope_scaling == 4.0
 
 
+@pytest.mark.parametrize("scaling", [{}, {"factor": None}, {"factor": "4"}, {"factor": 0}])
+def test_rope_scaling_without_its_numbers_is_named(scaling):
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.factor: got .*, expected a number over 0, as linear needs it"):
+        parse_config({**LLAMA, "rope_scaling": {"rope_type": "linear", **scaling}})
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.original_max_position_embeddings: got None, .* as llama3 needs it"):
+        parse_config({**LLAMA, "rope_scaling": {**ROPE, "original_max_position_embeddings": None, "rope_type": "llama3"}})
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"])
+@pytest.mark.parametrize("value", [0, -1, "32", 2.5, True])
+def test_a_size_that_is_no_count_is_named(key, value):
+    with pytest.raises(CheckpointError, match=rf"{key}: got {value!r}, expected a whole number from 1 on"):
+        parse_config({**LLAMA, key: value})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"time_step_limit": [0.1]}, r"time_step_limit: got \[0\.1\], expected two numbers"),
+        ({"time_step_limit": 0.1}, r"time_step_limit: got 0\.1, expected two numbers"),
+        ({"time_step_limit": ["a", "b"]}, r"time_step_limit: got \['a', 'b'\], expected two numbers"),
+        ({"num_experts_per_tok": 99}, r"num_experts_per_tok: got 99, expected at most the experts of topk_group groups, 6"),
+        ({"num_experts_per_tok": 4, "n_group": 2}, r"num_experts_per_tok: got 4, expected at most the experts of topk_group groups, 3"),
+        ({"n_group": 4}, r"n_routed_experts: got 6, expected a multiple of n_group, 4"),
+        ({"topk_group": 0}, r"topk_group: got 0, expected a whole number from 1 on"),
+        ({"topk_group": 2}, r"topk_group: got 2, expected at most n_group, 1"),
+        ({"n_groups": 3}, r"mamba_num_heads: got 4, expected a multiple of n_groups, 3"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads: got 4, expected a multiple of num_key_value_heads, 3"),
+    ],
+)
+def test_numbers_that_do_not_fit_each_other_are_named(change, words):
+    with pytest.raises(CheckpointError, match=words):
+        parse_config({**HYBRID, "hybrid_override_pattern": "ME*", **change})
+
+
 def test_unknown_rope_scaling_is_refused_rather_than_ignored():
     with pytest.raises(CheckpointError, match="yarn"):
         parse_config({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
