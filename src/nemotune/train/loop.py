@@ -114,7 +114,7 @@ class Loop:
             return False
         with self.deadline.watch("validation"):
             measured = self.held_out.measure(self.progress.step)
-        bar.note(f"validation {measured:.4f}")
+        bar.note(f"validation {measured:.4f} (step {self.progress.step})")
         better = measured < (math.inf if self.progress.best_loss is None else self.progress.best_loss)
         self.progress = self.progress.after_evaluation(measured, better=better)
         return better

@@ -40,6 +40,36 @@ def test_a_log_gets_the_first_step_the_last_and_a_line_every_half_minute(clock):
     assert lines[1] == "step 300 of 1,000: loss 2.0000  1,234 tokens/s  1.0 GB  validation 1.5000  0:01:10 left"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("last", [4, 6])
+def test_the_last_line_is_that_of_the_last_step_with_its_validation(clock, last, terminal):
+    """Which early stopping or a deadline may have made of any step."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=160)
+    with StepBar(console, total=6, done=0) as bar:
+        for step in range(1, last + 1):
+            bar.advance(loss=7.0 - step, tokens_per_second=10, memory_bytes=10**9)
+            if step % 2 == 0:
+                bar.note(f"validation {step}.5000 (step {step})")
+    told = console.file.getvalue()
+    if terminal:
+        assert f"loss {7 - last}.0000  10 tokens/s  1.0 GB  validation {last}.5000 (step {last})" in told
+    else:
+        lines = [line.rpartition("  ")[0] for line in told.splitlines()]
+        ends = f"step {last} of 6: loss {7 - last}.0000  10 tokens/s  1.0 GB  validation {last}.5000 (step {last})"
+        assert lines == ["step 1 of 6: loss 6.0000  10 tokens/s  1.0 GB", ends]
+
+
+def test_a_run_without_a_step_or_that_breaks_off_has_no_last_line(clock):
+    console = Console(file=io.StringIO())
+    with StepBar(console, total=6, done=6):
+        pass
+    with pytest.raises(KeyboardInterrupt), StepBar(console, total=6, done=0) as bar:
+        for _ in range(3):
+            bar.advance(loss=1.0, tokens_per_second=10, memory_bytes=10**9)
+        raise KeyboardInterrupt
+    assert [line.split(":")[0] for line in console.file.getvalue().splitlines()] == ["step 1 of 6"]
+
+
 def test_a_resumed_run_counts_on_and_its_time_left_is_that_of_its_own_steps(clock):
     lines = trained(Console(file=io.StringIO()), clock, done=990, seconds_a_step=2.0)
     assert [line.split(":")[0] for line in lines] == ["step 991 of 1,000", "step 1,000 of 1,000"]
