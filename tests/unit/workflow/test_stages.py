@@ -49,6 +49,14 @@ def trained_at_once(monkeypatch):
     monkeypatch.setattr(native, "train", train)
 
 
+def leave_checkpoint(run_dir):
+    """What a resume looks for, and nothing in it."""
+    whole = run_dir / "checkpoints" / "step_000002"
+    whole.mkdir(parents=True)
+    for name in ("trainer.json", ".metadata"):
+        (whole / name).touch()
+
+
 def options(run_dir, **changed):
     return {"run_dir": run_dir, "overwrite": False, "dry_run": False, "console": Console(quiet=True), **changed}
 
@@ -218,8 +226,10 @@ def test_training_on_discards_what_was_made_from_the_earlier_weights(recipe, tmp
     stages.train(recipe, resume=False, **options(run_dir))
     for name in ("eval", "export"):
         (run_dir / name).mkdir()
+    leave_checkpoint(run_dir)
     stages.train(recipe, resume=True, **options(run_dir))
-    assert sorted(path.name for path in run_dir.iterdir()) == ["adapter", "data", "environment.json", "metrics.jsonl", "recipe.json"]
+    left = ["adapter", "checkpoints", "data", "environment.json", "metrics.jsonl", "recipe.json"]
+    assert sorted(path.name for path in run_dir.iterdir()) == left
 
 
 def test_a_recipe_without_tasks_runs_to_its_report_and_is_no_evaluation(recipe, tmp_path, trained_at_once):
@@ -285,6 +295,7 @@ def test_a_deadline_counts_from_the_start_that_the_command_names(tmp_path, train
         with pytest.raises(RecipeError, match="which is past"):
             verb(recipe, resume=False, started=long_ago, **options(tmp_path / "run"))
     stages.run(recipe, resume=False, started=time.time(), **options(tmp_path / "run"))
+    leave_checkpoint(tmp_path / "run")
     stages.train(recipe, resume=True, **options(tmp_path / "run"))
 
 
@@ -312,6 +323,7 @@ def test_two_processes_do_not_train_in_one_run(recipe, tmp_path, monkeypatch, tr
     stages.train(recipe, resume=False, **options(run_dir))
     assert refused == [False, True]
     monkeypatch.setattr(native, "train", engine)
+    leave_checkpoint(run_dir)
     stages.train(recipe, resume=True, **options(run_dir))
 
 
@@ -400,9 +412,6 @@ def test_resuming_without_a_checkpoint_says_so(recipe, tmp_path, trained_at_once
     (tmp_path / "run" / "adapter").rmdir()  # as where the process was killed before its first checkpoint
     stages.train(recipe, resume=True, **options(tmp_path / "run"))
     assert capsys.readouterr().err.splitlines() == [f"no checkpoint in {tmp_path / 'run'} to resume from: begins with step 1"] * 2
-    whole = tmp_path / "run" / "checkpoints" / "step_000002"
-    whole.mkdir(parents=True)
-    for name in ("trainer.json", ".metadata"):
-        (whole / name).touch()
+    leave_checkpoint(tmp_path / "run")
     stages.train(recipe, resume=True, **options(tmp_path / "run"))
     assert capsys.readouterr().err == ""
