@@ -22,8 +22,8 @@ class Liveness:
     """Sees that every adapter tensor has a gradient: the one that begins at zero from the first backward, the other as soon as that one is not.
 
     lora_B begins at zero, of embeddings their A; DoRA's magnitudes have a gradient from the first backward too.
-    Of experts, each one that received gradient must pass it on, which is judged over EXPERT_STEPS steps, or those of a shorter run;
-    those that received none are listed.
+    Of experts, each one that received gradient for an input that is not zero must pass it on, which is judged over EXPERT_STEPS steps,
+    or those of a shorter run; those that received none are listed.
     """
 
     def __init__(self, model: nn.Module):
@@ -85,11 +85,11 @@ class Liveness:
         def after_forward(layer: LoRAExperts, inputs: tuple, output: Tensor) -> None:
             if not output.requires_grad:
                 return
-            experts_M = inputs[1].experts_M
+            experts_M, has_input_M = inputs[1].experts_M, inputs[0].detach().any(-1)
 
             def after_backward(gradient: Tensor) -> None:
-                reached = torch.zeros(layer.base.num_experts, dtype=torch.bool, device=output.device)
-                reached[experts_M[gradient.any(-1)]] = True
+                rows_E = torch.zeros(layer.base.num_experts, dtype=torch.int32, device=output.device)
+                reached = rows_E.index_add_(0, experts_M, (gradient.any(-1) & has_input_M).int()) > 0
                 _mark(self.received, (name, "lora_B"), reached)
                 _mark(self.received, (name, "lora_A"), reached & _any_per_expert(layer.lora_B))
 

@@ -146,6 +146,18 @@ def test_an_expert_that_receives_gradient_and_passes_none_on_stops_the_run(adapt
         watched(adapted, Liveness(adapted[0]), steps=EXPERT_STEPS)
 
 
+def test_an_expert_that_the_base_has_pruned_is_no_error(adapted):
+    """Its hidden rows are zero, so that a gradient comes to its down_proj and none can come to B."""
+    model, _ = adapted
+    experts = model.backbone.layers[1].mixer.experts
+    with torch.no_grad():
+        experts.up_proj.base.weight[2] = 0
+    liveness = Liveness(model)
+    watched(adapted, liveness, steps=EXPERT_STEPS)
+    received = liveness.received["backbone.layers.1.mixer.experts.down_proj", "lora_B"]
+    assert received.any() and not received[2]
+
+
 def test_experts_that_the_forward_bypasses_stop_the_run(adapted):
     bypass_experts(adapted[0])
     liveness = Liveness(adapted[0])
