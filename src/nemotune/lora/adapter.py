@@ -138,9 +138,15 @@ def read_adapter(directory: Path, model: CausalLM) -> Adapter:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy the adapter again") from error
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(
+            f"{path}: {len(bad)} of {len(tensors)} tensors hold values that are not finite, first {bad[0]}; "
+            "copy the adapter again, or train it with a lower train.learning_rate"
+        )
+    return tensors
 
 
 def _take(tensors: dict[str, Tensor], keys: list[str]) -> Tensor | None:

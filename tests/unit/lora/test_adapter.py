@@ -106,6 +106,17 @@ def test_tensors_that_the_config_does_not_name_are_listed(adapter, hybrid_dir):
     assert "base_model.model.model.layers.2.mixer.q_proj.lora_B.weight" in str(error.value)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_named(adapter, hybrid_dir, value):
+    def spoil(tensors):
+        next(tensor for name, tensor in tensors.items() if name.endswith("q_proj.lora_B.weight"))[0, 0] = value
+        return tensors
+
+    edit(adapter, spoil)
+    with pytest.raises(CheckpointError, match=r"safetensors: 1 of \d+ tensors hold values that are not finite, first .*q_proj\.lora_B"):
+        read(adapter, hybrid_dir)
+
+
 def test_half_a_pair_is_named(adapter, hybrid_dir):
     edit(adapter, lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith("q_proj.lora_B.weight")})
     with pytest.raises(CheckpointError, match=r"layers\.2\.mixer\.q_proj: .* has no lora_B of it"):
