@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nemotune.errors import MissingFileError
 from nemotune.evaluate.charts import Chart, line_chart
-from nemotune.evaluate.compare import judged_by, summarize
+from nemotune.evaluate.compare import MIN_ROWS, judged_by, summarize
 from nemotune.evaluate.rows import Row, read_rows
 from nemotune.evaluate.samples import choose_samples
 from nemotune.evaluate.table import UNBOUNDED, direction, interval, number
@@ -43,6 +43,7 @@ LEFT = {
     "model": "the trained model, a Hugging Face directory",
     "export/merged": "base and adapter merged, a Hugging Face directory",
     "eval": "every scored row, and the comparison",
+    "scores": "models that were scored alone",
     "metrics.jsonl": "the training record",
     "tensorboard": "the same for TensorBoard",
     "checkpoints": "what --resume goes on from",
@@ -87,7 +88,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("nemotune.evaluate", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {"MEANINGS": MEANINGS, "judged_by": judged_by}
+    environment.globals |= {"MEANINGS": MEANINGS, "MIN_ROWS": MIN_ROWS, "judged_by": judged_by}
     environment.filters |= {
         "number": number, "size": _size, "direction": lambda entry, metric: direction(metric, entry),
         "interval": lambda entry, metric: interval(metric, entry),
