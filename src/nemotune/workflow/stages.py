@@ -139,11 +139,15 @@ def score(recipe: Recipe, *, run_dir: Path, model: str, overwrite: bool, dry_run
     if scores_dir.is_dir() and not overwrite:
         raise ConflictError(f"{scores_dir}: holds scores already; --overwrite replaces them")
     directory = locate(model, recipe.model.revision if model == recipe.model.path else None, weights=not dry_run)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    if load_tokenizer(directory).get_vocab() != tokenizer.get_vocab():
+        raise ConflictError(
+            f"--model: {model} has another tokenizer than the recipe's model.path ({recipe.model.path}); score it with model.path={model} as well"
+        )
     if dry_run:
         _say(console, f"would score {model} into {scores_dir}")
         return
     prepared = _prepare(recipe, run_dir, show=0, overwrite=False, console=console, alone=False)
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     check_rows(recipe, prepared, tokenizer)
     loaded = load_model(directory, dtype=recipe.model.dtype, device=native.default_device()).eval()
     with staged_directory(scores_dir, overwrite=True) as aside:
@@ -181,11 +185,8 @@ def merge(
     _say(console, f"merged: {size}")
     _say(console, f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")
     if recipe.model.quantization == "nf4":
-        _say(
-            console,
-            "the adapter learned beside NF4 weights and was merged onto the wide ones: before it serves, score it with "
-            f"`nemotune eval {quote(str(run_dir))} --model {quote(str(target))}`",
-        )
+        scoring = f"nemotune eval {quote(str(run_dir))} --model {quote(str(target))}"
+        _say(console, f"the adapter learned beside NF4 weights and was merged onto the wide ones: before it serves, `{scoring}`")
     _wrote(console, target, then=f"vllm serve {quote(str(target))}" if alone else None)
 
 

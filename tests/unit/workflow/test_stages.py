@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import time
 import weakref
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 from rich.console import Console
 from toy_loop import Clock
 
+from nemotune import assets
 from nemotune.data import spool
 from nemotune.engines import native
 from nemotune.errors import ConflictError, DataError, MissingFileError, RecipeError
 from nemotune.evaluate.rows import read_rows
+from nemotune.models import load_tokenizer
 from nemotune.recipe import load
 from nemotune.train import Deadline
 from nemotune.workflow import stages
@@ -163,6 +166,18 @@ def test_a_model_alone_is_scored_beside_the_run(recipe, tmp_path, capsys):
         stages.score(recipe, model=str(run_dir / "export" / "merged"), **options(run_dir, dry_run=True))
     stages.train(recipe, resume=False, **options(run_dir, overwrite=True))
     assert not (run_dir / "scores").exists()
+
+
+def test_a_model_of_another_tokenizer_is_not_scored_in_the_recipes_tokens(recipe, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(assets.resolve("nemotron-tiny"), other)
+    tokenizer = load_tokenizer(other)
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(other)
+    for dry_run in (True, False):
+        with pytest.raises(ConflictError, match=r"^--model: .*other has another tokenizer than the recipe's model.path \(nemotron-tiny\)"):
+            stages.score(recipe, model=str(other), **options(tmp_path / "run", dry_run=dry_run))
+    assert not (tmp_path / "run").exists()
 
 
 def test_progress_is_on_stderr_and_results_are_on_stdout(recipe, tmp_path, capsys):
