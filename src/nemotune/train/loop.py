@@ -82,13 +82,13 @@ class Loop:
         settings, before = self.recipe.train, self.progress.step
         started = time.perf_counter()
         with self.deadline.watch("step"):
+            give_back_freed(before)
             rate = learning_rate(before, self.total_steps, settings)
             result = accumulate(self.model, self.loader.step(before), keys=self.keys, seed=settings.seed, step=before)
             self.loss, norm = result.loss, gradient_norm(self.parameters.values())
             require_finite(self.loss, norm, self.parameters, step=before + 1)
             self.liveness.check()
             update(self.parameters.values(), self.optimizer, learning_rate=rate, grad_norm=norm, max_grad_norm=settings.max_grad_norm)
-            give_back_freed(before + 1)
         warning = self.spikes.check(self.loss, step=before + 1)
         self.progress = self.progress.after_step(result, usual_losses=self.spikes.usual, spikes=self.spikes.spikes)
         return Step(result, rate, norm, warning, seconds=time.perf_counter() - started, memory=peak_memory_bytes())

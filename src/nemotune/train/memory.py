@@ -18,12 +18,12 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def give_back_freed(step: int) -> None:
-    """Every few steps, hand the system the pages that hold nothing but freed blocks: glibc keeps them, scattered, and grows beside them.
+def give_back_freed(steps_done: int) -> None:
+    """Before the first step and every few later, hand the system the pages that hold nothing but freed blocks: glibc keeps them, scattered, and grows beside them.
 
     Without a word where the C library has no `malloc_trim`.
     """
-    if step % GIVE_BACK_EVERY == 0 and sys.platform == "linux":
+    if steps_done % GIVE_BACK_EVERY == 0 and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
