@@ -20,6 +20,7 @@ from nemotune.models import CausalLM, load_model, load_tokenizer, locate, read_c
 from nemotune.recipe import Recipe
 from nemotune.train import Deadline, TrainResult
 from nemotune.train import run as run_training
+from nemotune.train.out_of_memory import out_of_memory_is_readable
 
 GENERATION_FILE = "generation_config.json"
 
@@ -29,15 +30,15 @@ def train(
 ) -> TrainResult:
     """Train as `recipe` says, until `deadline` at most, and save the outcome in `run_dir`."""
     tokenizer, settings = conversation(recipe)  # first: what is wrong with them is told before the training, not after it
-    model = load_base(
-        recipe, trainable=recipe.method != "lora", random_seed=recipe.train.seed if recipe.model.weights == "random" else None
-    )
-    keys = apply_lora(model, recipe.lora, seed=recipe.train.seed) if recipe.method == "lora" else None
-    write_json(run_dir / "coverage.json", coverage(model).to_json())
-    result = run_training(
-        model, recipe, train=prepared.train, validation=prepared.validation, run_dir=run_dir, keys=keys, resume=resume, console=console,
-        deadline=deadline,
-    )  # fmt: skip
+    seed = recipe.train.seed
+    with out_of_memory_is_readable(recipe):
+        model = load_base(recipe, trainable=recipe.method != "lora", random_seed=seed if recipe.model.weights == "random" else None)
+        keys = apply_lora(model, recipe.lora, seed=seed) if recipe.method == "lora" else None
+        write_json(run_dir / "coverage.json", coverage(model).to_json())
+        result = run_training(
+            model, recipe, train=prepared.train, validation=prepared.validation, run_dir=run_dir, keys=keys, resume=resume, console=console,
+            deadline=deadline,
+        )  # fmt: skip
     with staged_directory(run_dir / trained_name(recipe), overwrite=True) as aside:
         for note in save_trained(model, recipe, aside):
             console.print(f"[yellow]{note}")

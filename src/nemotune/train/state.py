@@ -61,6 +61,8 @@ def load_state(model: CausalLM, optimizer: Optimizer, directory: Path) -> None:
         with _quiet():
             dcp.load(state, storage_reader=reader, planner=_Planner(), no_dist=True)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
+    except torch.OutOfMemoryError:
+        raise  # which no other checkpoint mends
     except (RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
         raise CheckpointError(str(error).strip().splitlines()[-1]) from error
 

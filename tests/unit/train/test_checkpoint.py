@@ -17,6 +17,7 @@ from nemotune.errors import CheckpointError
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
 from nemotune.recipe import Lora, Train
+from nemotune.train import state
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.optim import make_optimizer
 from nemotune.train.state import load_metadata
@@ -115,6 +116,18 @@ def test_a_position_of_another_kind_is_named_and_nothing_is_loaded(layer, tmp_pa
         checkpoints.load(checkpoints.latest(), model, optimizer)
     assert not model.weight.any()
     assert "later_field" not in content or "trainer.json has later_field: another version" in str(error.value)
+
+
+def test_a_gpu_that_is_too_small_is_no_damage_of_the_checkpoint(layer, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(*layer, Progress(step=1))
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(state, "set_state_dict", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoints.load(checkpoints.latest(), *layer)
 
 
 def test_a_position_without_its_best_step_is_resumed_from(layer, tmp_path):
