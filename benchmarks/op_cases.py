@@ -28,7 +28,8 @@ from nemotune.ops.attention import varlen_attention
 from nemotune.ops.conv import causal_conv1d
 from nemotune.ops.cross_entropy import IGNORE, linear_cross_entropy
 from nemotune.ops.documents import Documents
-from nemotune.ops.experts import Routing, combine, dispatch, grouped_linear, sorted_rows
+from nemotune.ops.experts import Routing, combine, dispatch, sorted_rows
+from nemotune.ops.grouped import grouped_linear
 from nemotune.ops.norm import gated_group_rms_norm, rms_norm
 from nemotune.ops.ssd import ssd
 

@@ -17,7 +17,8 @@ from nemotune.ops import ssd as ssd_module
 from nemotune.ops.attention import attention_per_document, has_flash, varlen_attention, varlen_attention_ref
 from nemotune.ops.conv import causal_conv1d, causal_conv1d_ref
 from nemotune.ops.documents import Documents
-from nemotune.ops.experts import Routing, combine, dispatch, grouped_linear, sorted_rows
+from nemotune.ops.experts import Routing, combine, dispatch, sorted_rows
+from nemotune.ops.grouped import grouped_linear
 from nemotune.ops.kernels import uses_triton, why_not_triton
 from nemotune.ops.norm import gated_group_rms_norm, rms_norm
 from nemotune.ops.ssd import ssd

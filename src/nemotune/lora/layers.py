@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from nemotune.lora.dropout import GOLDEN, DropoutKeys, dropout, mix
 from nemotune.models.layers import GroupedLinear, Linear
 from nemotune.models.quantize import NF4Linear
-from nemotune.ops.experts import Dispatch, grouped_linear
+from nemotune.ops.experts import Dispatch
+from nemotune.ops.grouped import grouped_linear
 from nemotune.ops.nf4 import dequantize
 from nemotune.recipe import Lora
 

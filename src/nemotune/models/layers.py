@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from nemotune.models.cache import KVState
 from nemotune.ops.attention import attention_step, varlen_attention
 from nemotune.ops.documents import Documents
-from nemotune.ops.experts import Dispatch, frozen_grouped_linear, grouped_linear
+from nemotune.ops.experts import Dispatch
+from nemotune.ops.grouped import frozen_grouped_linear, grouped_linear
 from nemotune.ops.norm import rms_norm
 
 

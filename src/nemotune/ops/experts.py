@@ -1,19 +1,16 @@
-"""Mixture of experts: the router's choice and the grouped matrix product over tokens sorted by expert.
+"""Mixture of experts: the router's choice, tokens sorted by expert, and the sum of what their experts give; the products are `grouped.py`.
 
 Router: sigmoid scores, a correction bias that only chooses, group-limited top-k (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -133,83 +130,8 @@ def _sum_per_token(y_MD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = No
     return sum_TD.to(y_MD.dtype)
 
 
-def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """`x @ weight[e].T` for the rows of each expert e, which end at `ends_E[e]`: [M, O] in the dtype of x.
-
-    Rows of memory have to be multiples of 16 bytes long: a LoRA of rank 4 is padded with zeros.
-    """
-    out_features, multiple = weight_EOI.shape[1], 16 // x_MI.element_size()
-    short_in, short_out = -x_MI.shape[1] % multiple, -out_features % multiple
-    weight_EOI = weight_EOI.to(x_MI.dtype)
-    if short_in:
-        x_MI = F.pad(x_MI, (0, short_in))
-    if short_in or short_out:
-        weight_EOI = F.pad(weight_EOI, (0, short_in, 0, short_out))
-    y_MO = _GroupedLinear.apply(x_MI, weight_EOI, ends_E)
-    return y_MO[:, :out_features] if short_out else y_MO
-
-
-def grouped_product(x_MI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """`x @ weight[e]` for the rows of each expert: one kernel on CUDA, one product for each expert with rows on the CPU.
-
-    There, in 16 bits, the rows are rounded up to `ROWS_AT_ONCE`, and the next expert writes over what is too much: oneDNN compiles a
-    kernel for every number of rows that it meets, and keeps it (0.5 MB each).
-    """
-    if x_MI.device.type != "cpu":
-        return F.grouped_mm(x_MI, weight_EIO, offs=ends_E)
-    y_MO, step = x_MI.new_empty(len(x_MI), weight_EIO.shape[-1]), 1 if x_MI.dtype == torch.float32 else ROWS_AT_ONCE
-    start = 0
-    for weight_IO, end in zip(weight_EIO, ends_E.tolist(), strict=True):
-        if end > start:
-            rows = slice(start, start + -(-(end - start) // step) * step)
-            y_MO[rows] = x_MI[rows] @ weight_IO
-        start = end
-    return y_MO
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """A frozen weight saves no input."""
-
-    @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MI if ctx.needs_input_grad[1] else None, weight_EOI, ends_E)
-        return grouped_product(x_MI, weight_EOI.transpose(-1, -2), ends_E)
-
-    @staticmethod
-    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        x_MI, weight_EOI, ends_E = ctx.saved_tensors
-        grad_MO = grad_MO.contiguous()
-        grad_x = grouped_product(grad_MO, weight_EOI, ends_E) if ctx.needs_input_grad[0] else None
-        if x_MI is None:
-            return grad_x, None, None
-        grad_weight = F.grouped_mm(grad_MO.T, x_MI, offs=ends_E)
-        empty_E = ends_E == F.pad(ends_E[:-1], (1, 0))  # Blackwell's kernel leaves what was there (pytorch issue 172439)
-        return grad_x, grad_weight.masked_fill_(empty_E[:, None, None], 0), None
-
-
-def frozen_grouped_linear(x_MI: Tensor, ends_E: Tensor, weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-    """`grouped_linear` over frozen weights that are asked for where they are used, in the forward and again in the backward: none is kept.
-
-    `weights(rows, ends)` gives [E, O, I] in the dtype of the rows, and where the rows of each of them end.
-    """
-    return _FrozenGroupedLinear.apply(x_MI, ends_E, weights)  # type: ignore[no-any-return]
-
-
-class _FrozenGroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, ends_E: Tensor, weights: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-        ctx.weights = weights
-        ctx.save_for_backward(ends_E)
-        return grouped_linear(x_MI, *weights(x_MI, ends_E))
-
-    @staticmethod
-    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        weight_EOI, ends_E = ctx.weights(grad_MO, *ctx.saved_tensors)
-        return grouped_linear(grad_MO.contiguous(), weight_EOI.transpose(1, 2), ends_E), None, None
-
-
 def experts_ref(x_TD: Tensor, up_EFD: Tensor, down_EDF: Tensor, routing: Routing) -> Tensor:
-    """relu^2 experts as the definition reads, token by token: the reference for dispatch, sorted_rows, grouped_linear and combine."""
+    """relu^2 experts as the definition reads, token by token: the reference for dispatch, sorted_rows, grouped.grouped_linear and combine."""
     y_TD = torch.zeros_like(x_TD)
     for t in range(x_TD.shape[0]):
         for e, w in zip(routing.experts_TK[t].tolist(), routing.weights_TK[t], strict=True):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotune.ops.experts import frozen_grouped_linear
+from nemotune.ops.grouped import frozen_grouped_linear
 
 BLOCK, SCALE_BLOCK = 64, 256
 CODEBOOK = (

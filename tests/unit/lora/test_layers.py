@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from nemotune.lora.dropout import DropoutKeys, dropout
 from nemotune.lora.layers import LoRAExperts, LoRALinear, expert_keys
 from nemotune.models.layers import GroupedLinear, Linear
-from nemotune.ops.experts import Routing, dispatch, grouped_linear
+from nemotune.ops.experts import Routing, dispatch
+from nemotune.ops.grouped import grouped_linear
 from nemotune.recipe import Lora
 
 ROUTING = Routing(torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0]]), torch.ones(4, 2))

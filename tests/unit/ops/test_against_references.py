@@ -11,7 +11,8 @@ from nemotune.ops.attention import attention_step, varlen_attention, varlen_atte
 from nemotune.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step, conv_state
 from nemotune.ops.cross_entropy import linear_cross_entropy
 from nemotune.ops.documents import Documents
-from nemotune.ops.experts import Routing, combine, dispatch, experts_ref, grouped_linear, route, sorted_rows
+from nemotune.ops.experts import Routing, combine, dispatch, experts_ref, route, sorted_rows
+from nemotune.ops.grouped import grouped_linear
 from nemotune.ops.norm import gated_group_rms_norm, gated_group_rms_norm_ref, rms_norm
 from nemotune.ops.ssd import ssd
 from nemotune.ops.ssd_ref import ssd_ref, ssd_step

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemotune.ops import experts
-from nemotune.ops.experts import Routing, combine, dispatch, grouped_linear, route, sorted_rows
+from nemotune.ops import grouped
+from nemotune.ops.experts import Routing, combine, dispatch, route, sorted_rows
+from nemotune.ops.grouped import grouped_linear
 
 ENDS = torch.tensor([3, 3, 10, 16, 16], dtype=torch.int32)  # the second and the last of five experts have no rows
 
@@ -50,7 +51,7 @@ def test_an_expert_without_rows_has_no_gradient_whatever_the_kernel_leaves_there
             result[[1, 4]] = torch.nan
         return result
 
-    monkeypatch.setattr(experts.F, "grouped_mm", leaves_garbage)
+    monkeypatch.setattr(grouped.F, "grouped_mm", leaves_garbage)
     weight = drawn(5, 8, 8, seed=2)
     grouped_linear(drawn(16, 8, seed=1), weight, ENDS).square().sum().backward()
     assert weight.grad.flatten(1).any(1).tolist() == [True, False, True, True, False]
@@ -65,7 +66,7 @@ def test_rows_of_an_expert_are_rounded_up_and_the_next_one_writes_over_them(coun
         torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).bfloat16() for shape in ((sum(counts), 8), (4, 8, 8))
     )
     expected = torch.cat([part @ matrix for part, matrix in zip(x.split(counts), weight, strict=True)])
-    assert torch.equal(experts.grouped_product(x, weight, ends), expected)
+    assert torch.equal(grouped.grouped_product(x, weight, ends), expected)
 
 
 def test_a_frozen_weight_saves_no_input():

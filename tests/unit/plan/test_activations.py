@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from nemotune.lora import apply_lora
 from nemotune.models import load_model
-from nemotune.ops import experts as ops_experts
+from nemotune.ops import grouped
 from nemotune.ops.documents import Documents
 from nemotune.plan.activations import kept_bytes
 from nemotune.plan.cost import cost_line, estimate
@@ -89,7 +89,7 @@ def directory(request, tmp_path_factory):
 def test_what_blocks_keep_is_what_the_formula_says(directory, dtype, mode, experts, monkeypatch):
     """Tokens count by the difference of two lengths. Left out of the formula are ranks and, on a CPU, a copy of attention's output and
     the rows by which those of an expert are rounded up."""
-    monkeypatch.setattr(ops_experts, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(grouped, "ROWS_AT_ONCE", 1)
     model = load_model(directory, dtype=dtype, random_seed=0)
     present = set(getattr(model.config, "block_types", ("attention", "mlp")))
     present |= {"shared_experts", *(["experts"] if experts else [])} if "moe" in present else set()
