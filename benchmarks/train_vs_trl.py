@@ -28,6 +28,7 @@ TARGETS = {
 NATIVE = {
     "nemotune, bf16": [],
     "nemotune, bf16, selective checkpointing": ["train.activation_checkpointing=selective"],
+    "nemotune, bf16, full checkpointing": ["train.activation_checkpointing=full"],
     "nemotune, fp32": ["model.dtype=float32"],
 }
 TRL = {

@@ -19,9 +19,9 @@ def peak_memory_bytes() -> int:
 
 
 def give_back_freed(steps_done: int) -> None:
-    """Before the first step and every few later, hand the system the pages that hold nothing but freed blocks: glibc keeps them, scattered, and grows beside them.
+    """Before the first step, and every few steps later, hand the system the pages that hold nothing but freed blocks.
 
-    Without a word where the C library has no `malloc_trim`.
+    glibc keeps them, scattered, and grows beside them. Without a word where the C library has no `malloc_trim`.
     """
     if steps_done % GIVE_BACK_EVERY == 0 and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
