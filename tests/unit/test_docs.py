@@ -26,7 +26,7 @@ from nemotune.evaluate.report import MEANINGS
 from nemotune.evaluate.rows import Row
 from nemotune.lora import apply_lora, coverage
 from nemotune.lora.targets import adaptable_modules
-from nemotune.models import build_model, config, load_model, load_tokenizer, parse_config, read_config
+from nemotune.models import build_model, config_json, load_model, load_tokenizer, parse_config, read_config
 from nemotune.models.loading import FAMILIES, UNUSED_PREFIXES
 from nemotune.ops.kernels import Kernels, kernels
 from nemotune.plan.cost import OPTIMIZER_BYTES
@@ -251,14 +251,14 @@ def test_families_are_the_codes():
 
 
 def test_spellings_of_the_config_are_those_that_are_read():
-    read = [re.findall(r'"(\w+)"', names) for names in re.findall(r'keys(?:\.count)?\(((?:"\w+"(?:, )?)+)', inspect.getsource(config))]
+    read = [re.findall(r'"(\w+)"', names) for names in re.findall(r'keys(?:\.count)?\(((?:"\w+"(?:, )?)+)', inspect.getsource(config_json))]
     told = [coded(row[1]) for row in table_rows(MODELS, "read as | names")]
-    assert sorted(told) == sorted([*(names for names in read if len(names) > 1), list(config.PATTERN_KEYS)])
+    assert sorted(told) == sorted([*(names for names in read if len(names) > 1), list(config_json.PATTERN_KEYS)])
 
 
 def test_symbols_of_a_pattern_are_those_that_are_read():
     told = re.search(r"A pattern spells blocks as (.*); `\|`", MODELS.read_text())
-    assert told and set(coded(told[1])) == {symbol for symbol in config.BLOCK_TYPES if len(symbol) == 1}
+    assert told and set(coded(told[1])) == {symbol for symbol in config_json.BLOCK_TYPES if len(symbol) == 1}
 
 
 def test_parameters_that_stay_fp32_are_told():

@@ -20,7 +20,7 @@ from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.files import staged_directory
 from nemotune.lora.adapter import Adapter, gains, read_adapter
 from nemotune.lora.layers import scale
-from nemotune.models.config import read_config
+from nemotune.models.config_json import read_config
 from nemotune.models.loading import build_model, check_weights, copy_side_files, disk_pieces
 from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from nemotune.errors import CheckpointError
 from nemotune.files import staged_directory
 from nemotune.models.base import CausalLM
-from nemotune.models.config import read_config
+from nemotune.models.config_json import read_config
 from nemotune.models.loading import build_model, check_weights, disk_pieces
 from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
 

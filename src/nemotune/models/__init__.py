@@ -5,7 +5,8 @@ Start with `nemotron_h.py`. No `torch.distributed` here, no training, no adapter
 
 from nemotune.models.base import CausalLM
 from nemotune.models.cache import Cache
-from nemotune.models.config import LlamaConfig, NemotronHConfig, parse_config, read_config
+from nemotune.models.config import LlamaConfig, NemotronHConfig
+from nemotune.models.config_json import parse_config, read_config
 from nemotune.models.loading import build_model, load_model, save_model
 from nemotune.models.locate import load_tokenizer, locate
 

@@ -1,4 +1,4 @@
-"""config.json by key: aliases, what is missing and what is no such number, each named. What the keys mean is in `config.py`."""
+"""config.json by key: aliases, what is missing and what is no such number, each named. What the keys mean is in `config_json.py`."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.files import staged_directory, write_json
 from nemotune.models.base import CausalLM
-from nemotune.models.config import LlamaConfig, NemotronHConfig, read_config
+from nemotune.models.config import LlamaConfig, NemotronHConfig
+from nemotune.models.config_json import read_config
 from nemotune.models.initialize import initialize
 from nemotune.models.llama import Llama
 from nemotune.models.locate import locate
