@@ -7,6 +7,7 @@ import torch
 
 from nemotune.models.base import Head
 from nemotune.ops import conv as conv_module
+from nemotune.ops import norm as norm_module
 from nemotune.ops.attention import attention_step, varlen_attention, varlen_attention_ref
 from nemotune.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step, conv_state
 from nemotune.ops.cross_entropy import linear_cross_entropy
@@ -107,7 +108,9 @@ def test_ssd_step_continues_the_scan():
     torch.testing.assert_close(y, whole[8:])
 
 
-def test_norms_equal_pytorchs():
+@pytest.mark.parametrize("at_once", [2**17, 100, 1])  # the row whole; four tokens at a time; one
+def test_norms_equal_pytorchs(at_once, monkeypatch):
+    monkeypatch.setattr(norm_module, "AT_ONCE", at_once)
     inputs = x, _, weight = leaves((3, 5, 24), (3, 5, 24), (24,))
     assert_same(rms_norm(x, weight, 1e-3), torch.nn.functional.rms_norm(x, (24,), weight, 1e-3), (x, weight))
     for num_groups in (1, 4):
