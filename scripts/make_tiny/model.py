@@ -12,7 +12,7 @@ import torch
 
 from nemotune.data.loader import IGNORED, Batch
 from nemotune.models import CausalLM, load_model, save_model
-from nemotune.models.loading import copy_side_files
+from nemotune.models.saving import copy_side_files
 from nemotune.recipe import Train
 from nemotune.train.optim import make_optimizer
 from nemotune.train.schedule import learning_rate

@@ -12,7 +12,7 @@ import pytest
 
 from nemotune import assets
 from nemotune.models import load_model, save_model
-from nemotune.models.loading import copy_side_files
+from nemotune.models.saving import copy_side_files
 
 CONFIG = {
     "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "ME*-", "num_hidden_layers": 4,

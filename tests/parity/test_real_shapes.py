@@ -14,7 +14,7 @@ import torch
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.lora.adapter import WEIGHTS, read_adapter
 from nemotune.models import build_model, parse_config
-from nemotune.models.loading import disk_pieces
+from nemotune.models.disk_names import disk_pieces
 from nemotune.recipe import Lora
 from nemotune.weights import TensorInfo, WritePlan, write_checkpoint
 

@@ -21,7 +21,9 @@ from nemotune.files import staged_directory
 from nemotune.lora.adapter import Adapter, gains, read_adapter
 from nemotune.lora.layers import scale
 from nemotune.models.config_json import read_config
-from nemotune.models.loading import build_model, check_weights, copy_side_files, disk_pieces
+from nemotune.models.disk_names import disk_pieces
+from nemotune.models.loading import build_model, check_weights
+from nemotune.models.saving import copy_side_files
 from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
 
 SAMPLED_TENSORS, SAMPLED_ROWS = 64, 256  # so many updated ones, as many untouched ones; rows of each updated one

@@ -18,7 +18,8 @@ from nemotune.errors import CheckpointError
 from nemotune.files import staged_directory
 from nemotune.models.base import CausalLM
 from nemotune.models.config_json import read_config
-from nemotune.models.loading import build_model, check_weights, disk_pieces
+from nemotune.models.disk_names import disk_pieces
+from nemotune.models.loading import build_model, check_weights
 from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
 
 NEAR_ZERO = 1e-3  # of the median row's RMS; a fresh row has about the median, one that was trained more

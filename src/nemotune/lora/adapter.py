@@ -23,7 +23,7 @@ from nemotune.lora.layers import LoRAEmbedding, LoRAExperts, lora_modules, scale
 from nemotune.lora.peft_form import SUFFIXES, named_modules, peft_config, peft_keys, read_peft_config, spellings, unplaced_parameters
 from nemotune.lora.targets import adaptable_modules, apply_lora, module_settings, refuse_shared_embeddings
 from nemotune.models.base import CausalLM
-from nemotune.models.loading import disk_pieces
+from nemotune.models.disk_names import disk_pieces
 from nemotune.recipe import Lora
 from nemotune.weights import TensorInfo, WritePlan, write_checkpoint
 

@@ -1,12 +1,11 @@
-"""From a directory of safetensors to modules and back, tensor by tensor.
+"""From a directory of safetensors to modules, tensor by tensor; the way back is in `saving.py`.
 
 Peak memory is the model plus one tensor. Every tensor on disk has a home in the model or is kept by reference to its file
-(`mtp.*`, which no forward here uses); `save_model` writes back the same names, shapes, dtypes and, untrained, the same bytes.
+(`mtp.*`, which no forward here uses).
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -15,25 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from nemotune.errors import CheckpointError, UnsupportedError
-from nemotune.files import staged_directory, write_json
 from nemotune.models.base import CausalLM
 from nemotune.models.config import LlamaConfig, NemotronHConfig
 from nemotune.models.config_json import read_config
+from nemotune.models.disk_names import HEAD, disk_pieces, embeddings_name, has_copied_head, name_on_disk, tensors_of
 from nemotune.models.initialize import initialize
 from nemotune.models.llama import Llama
 from nemotune.models.locate import locate
 from nemotune.models.nemotron_h import NemotronH
 from nemotune.models.offload import expert_weights, offload_experts
-from nemotune.models.quantize import is_quantized, quantize_modules
-from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
-from nemotune.weights.dtypes import NAMES
+from nemotune.models.quantize import quantize_modules
+from nemotune.weights import Checkpoint
 from nemotune.weights.mapping import Piece, pieces_of
 
 FAMILIES: dict[type, type[CausalLM]] = {NemotronHConfig: NemotronH, LlamaConfig: Llama}
 UNUSED_PREFIXES = ("mtp.",)  # multi-token prediction: kept on disk, never computed
-HEAD = "lm_head.weight"
 TRAINABLE = {"BF16", "F16", "F32", "F64"}  # dtypes on disk; any other is that of quantised weights
-SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "LICENSE*", "NOTICE*")
 
 Dtype = Literal["bfloat16", "float32"]
 Quantization = Literal["none", "nf4"]
@@ -77,7 +73,7 @@ def load_model(
     if random_seed is None:
         model.source = Checkpoint(directory)
         check_weights(model, model.source)
-    wanted = _state(model)
+    wanted = tensors_of(model)
     on_host = expert_weights(model) if offload == "experts" else set()
     quantized = quantize_modules(model, device=device, experts_device="cpu" if on_host else None) if quantization == "nf4" else {}
     for name, meta in wanted.items():
@@ -102,67 +98,13 @@ def load_model(
     return model.requires_grad_(trainable).eval()
 
 
-def save_model(model: CausalLM, directory: str | Path, *, overwrite: bool = False) -> None:
-    """Write the model as a Hugging Face directory: the source's names, dtypes, shards and side files, the model's values."""
-    assert not is_quantized(model), "a quantised model is never saved: merge its adapter onto the wide base"
-    directory = Path(directory)
-    pieces = dict(disk_pieces(model))
-    plan = _write_plan(model, pieces)
-    state = _state(model)
-
-    def read(info: TensorInfo) -> Tensor:
-        if info.name not in pieces:
-            assert model.source is not None
-            return model.source.read(info.name)
-        name, index = pieces[info.name]
-        return state[name] if index is None else state[name][index]
-
-    with staged_directory(directory, overwrite=overwrite, needed_bytes=plan.num_bytes) as aside:
-        write_checkpoint(aside, plan, read)
-        if model.directory is not None:
-            copy_side_files(model.directory, aside)
-        write_json(aside / "config.json", model.config.raw)
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights: config, tokenizer, template, generation settings, licence."""
-    for pattern in SIDE_FILES:
-        for file in sorted(source.glob(pattern)):
-            if not file.name.endswith(".safetensors.index.json"):
-                shutil.copyfile(file, target / file.name)
-
-
-def disk_pieces(model: CausalLM) -> Iterator[tuple[str, tuple[str, int | None]]]:
-    """(name on disk, (parameter, index along dim 0 or None for the whole)) for every tensor that the model holds."""
-    for name, tensor in _state(model).items():
-        for piece in pieces_of(name, tensor.shape, model.stacks):
-            yield _disk_name(piece, model), (name, piece.index)
-    if _has_copied_head(model):
-        yield HEAD, (_embeddings_name(model), None)
-
-
-def _state(model: CausalLM) -> dict[str, Tensor]:
-    """Parameters and buffers by name; a tied head is not a tensor of its own. Adapters are not part of the base."""
-    tied = {HEAD} if model.config.tie_word_embeddings else set()
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-
-
-def _disk_name(piece: Piece, model: CausalLM) -> str:
-    """The name that the source uses for `piece`: its own, or one with a prefix that other tools write."""
-    if model.source is not None and piece.name not in model.source:
-        for alias, prefix in model.aliases.items():
-            if piece.name.startswith(prefix) and (renamed := alias + piece.name.removeprefix(prefix)) in model.source:
-                return renamed
-    return piece.name
-
-
 def check_weights(model: CausalLM, source: Checkpoint) -> None:
     """Every tensor that the model needs is there in its shape, every tensor that is there is needed or known to be unused, a tied head is a copy.
 
     Raises CheckpointError with everything that does not fit, UnsupportedError where it is quantised.
     """
     _refuse_quantised(model, source)
-    problems, used, state = [], set(), _state(model)
+    problems, used, state = [], set(), tensors_of(model)
     for disk_name, (name, index) in disk_pieces(model):
         expected = tuple(state[name].shape)[0 if index is None else 1 :]
         used.add(disk_name)
@@ -177,7 +119,7 @@ def check_weights(model: CausalLM, source: Checkpoint) -> None:
         raise CheckpointError(
             f"{source.directory}: {len(problems)} tensors do not fit config.json:\n  {listed}{more}\nCheck that config and weights belong to one model"
         )
-    if _has_copied_head(model):
+    if has_copied_head(model):
         _check_copied_head(model, source)
 
 
@@ -194,17 +136,8 @@ def _is_unused(name: str) -> bool:
     return name.startswith(UNUSED_PREFIXES) or name.endswith("rotary_emb.inv_freq")
 
 
-def _has_copied_head(model: CausalLM) -> bool:
-    """Whether the source stores a head although it is tied to the embeddings."""
-    return model.config.tie_word_embeddings and model.source is not None and HEAD in model.source
-
-
-def _embeddings_name(model: CausalLM) -> str:
-    return next(name for name, parameter in model.named_parameters() if parameter is model.embeddings.weight)
-
-
 def _check_copied_head(model: CausalLM, source: Checkpoint) -> None:
-    embeddings = _disk_name(Piece(_embeddings_name(model)), model)
+    embeddings = name_on_disk(Piece(embeddings_name(model)), model)
     head, copied = source.read(HEAD), source.read(embeddings)
     if head.dtype != copied.dtype or not torch.equal(head.view(torch.uint8), copied.view(torch.uint8)):
         raise CheckpointError(
@@ -217,7 +150,7 @@ def _stored(name: str, shape: torch.Size, model: CausalLM) -> Iterator[tuple[Pie
     """The tensors on disk that make up `name`, one at a time."""
     assert model.source is not None
     for piece in pieces_of(name, shape, model.stacks):
-        yield piece, model.source.read(_disk_name(piece, model))
+        yield piece, model.source.read(name_on_disk(piece, model))
 
 
 def _assign(model: CausalLM, name: str, tensor: Tensor) -> None:
@@ -227,15 +160,3 @@ def _assign(model: CausalLM, name: str, tensor: Tensor) -> None:
         owner._buffers[last] = tensor
     else:
         setattr(owner, last, nn.Parameter(tensor, requires_grad=False))
-
-
-def _write_plan(model: CausalLM, pieces: dict[str, tuple[str, int | None]]) -> WritePlan:
-    """The source's own tensors where there is one, else every tensor in the checkpoint's dtype."""
-    if model.source is not None:
-        return WritePlan(tuple(model.source.tensors.values()))
-    dtype = NAMES[getattr(torch, model.config.dtype)]
-    rows, state = [], _state(model)
-    for disk_name, (name, index) in pieces.items():
-        shape = tuple(state[name].shape)[0 if index is None else 1 :]
-        rows.append((disk_name, "F32" if model.stays_fp32(name) else dtype, shape))
-    return WritePlan.in_shards(rows)
