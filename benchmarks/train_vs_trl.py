@@ -41,23 +41,11 @@ TRL = {
 
 def main() -> None:
     asked = _arguments()
-    work = Path("runs") / "benchmarks" / asked.family
-    work.mkdir(parents=True, exist_ok=True)
-    model, rows = work / "model", work / "rows.jsonl"
-    if not model.is_dir():
-        write_model(asked.family, model, nemotron=asked.data / "data" / "nemotron")
-    _write_short_rows(asked.data / "data" / "glaive" / "raw_format_reconstructed_300.jsonl", rows, work, model)
-    recipe = work / "recipe.json"
-    recipe.write_text(json.dumps(_recipe(model, rows, length=TOKENS_PER_STEP, family=asked.family)))
-    prepared = _prepare(load(str(recipe)), work / "data")
-    documents = work / "documents.json"
-    documents.write_text(
-        json.dumps(
-            [{"input_ids": d.tokens.tolist(), "mask": d.mask.tolist()} for d in map(prepared.train.__getitem__, range(len(prepared.train)))]
-        )
-    )
-
-    per_step = round(TOKENS_PER_STEP / (sum(len(d["input_ids"]) for d in json.loads(documents.read_text())) / len(prepared.train)) / 4) * 4
+    recipe, prepared = make_setting(asked.family, asked.data)
+    model, documents = recipe.with_name("model"), recipe.with_name("documents.json")
+    rows = [prepared.train[index] for index in range(len(prepared.train))]
+    documents.write_text(json.dumps([{"input_ids": d.tokens.tolist(), "mask": d.mask.tolist()} for d in rows]))
+    per_step = round(TOKENS_PER_STEP / (sum(len(d.tokens) for d in rows) / len(rows)) / 4) * 4
     commands = {
         name: [sys.executable, "-m", "benchmarks.train_native", str(recipe), str(asked.steps), *overrides]
         for name, overrides in NATIVE.items()
@@ -72,6 +60,18 @@ def main() -> None:
     path = path.replace(RESULTS / f"train_vs_trl_{asked.family}.json")
     print(found["table"], found["told"], sep="\n\n")
     print(f"wrote {path}", file=sys.stderr)
+
+
+def make_setting(family: str, data: Path) -> tuple[Path, Prepared]:
+    """The recipe of `family`, written beside its random model, and its prepared rows, under runs/benchmarks. `data` as in the arguments."""
+    work = Path("runs") / "benchmarks" / family
+    work.mkdir(parents=True, exist_ok=True)
+    model, rows, recipe = work / "model", work / "rows.jsonl", work / "recipe.json"
+    if not model.is_dir():
+        write_model(family, model, nemotron=data / "data" / "nemotron")
+    _write_short_rows(data / "data" / "glaive" / "raw_format_reconstructed_300.jsonl", rows, work, model)
+    recipe.write_text(json.dumps(_recipe(model, rows, length=TOKENS_PER_STEP, family=family)))
+    return recipe, _prepare(load(str(recipe)), work / "data")
 
 
 def told(figures: dict[str, dict[str, float]], *, rounds: int, steps: int, trl_steps: int) -> str:

@@ -7,11 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from random_models import relative
+from toy_split import ToySplit
+
+from nemotune.data.loader import collate
+from nemotune.lora import apply_lora
+from nemotune.models import load_model
+from nemotune.recipe import Lora
+from nemotune.train.step import accumulate
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import harness, load, ops, train_vs_trl  # noqa: E402
+from benchmarks import harness, load, ops, step, train_vs_trl  # noqa: E402
 
 
 @pytest.fixture
@@ -41,6 +49,21 @@ def test_what_is_told_of_trl_is_computed_from_the_figures(family):
     assert kept["table"] == train_vs_trl.show(kept["figures"]) and kept["told"] == train_vs_trl.told(kept["figures"], **kept["counts"])
     slower = kept["figures"] | {"nemotune, bf16": kept["figures"]["nemotune, bf16"] | {"tokens_per_second": 1.0}}
     assert "runs 0.01 times" in train_vs_trl.told(slower, **kept["counts"])
+
+
+def test_a_step_in_parts_has_the_gradients_of_the_step(hybrid_dir):
+    model = load_model(hybrid_dir, dtype="float32")
+    keys = apply_lora(model, Lora(rank=4, targets=("attention", "mamba", "shared_experts")))
+    batch = collate(ToySplit([30, 12]), [0, 1])
+    accumulate(model.train(), [batch], keys=keys, seed=0, step=0)
+    whole = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    found = step.step_in_parts(model, batch)
+    assert whole and all(relative(p.grad, whole[name]) < 1e-6 for name, p in model.named_parameters() if p.requires_grad)
+    blocks = step.count_blocks(model)
+    assert {part for part, _ in found} == {*blocks, "head and loss"} and min(found.values()) > 0
+    figures = {" ".join(key): value for key, value in found.items()}
+    assert step.show(figures, tokens=42, supervised=40, blocks=blocks).count("\n") == 2 + len(blocks) + 1
 
 
 def test_figures_of_several_rounds_come_with_their_ends():
