@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 AT_ONCE = 2**17  # values: half a megabyte in fp32, with as much for each of the steps in between
 
 
