@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from toy_run import TINY, make_run
 
+from nemotune.data.prepare import prepare
 from nemotune.data.template import Renderer
 from nemotune.engines import native
 from nemotune.errors import CheckpointError, ConflictError, DataError, MissingFileError, NemotuneError
@@ -48,7 +49,7 @@ def evaluate(recipe, run_dir):
 
 
 def resume(recipe, run_dir):
-    prepared = stages.prepare(recipe, load_tokenizer(TINY), out_dir=run_dir / "data")
+    prepared = prepare(recipe, load_tokenizer(TINY), out_dir=run_dir / "data")
     open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=True, overwrite=False)
 
 
@@ -112,7 +113,7 @@ def test_a_line_cut_off_in_the_middle_of_a_character_is_named(run_dir):
 def test_test_rows_prepared_anew_are_not_those_of_the_trained_model(run_dir):
     recipe = load(str(run_dir))
     changed = load(str(run_dir), ["data.test=0.2"])
-    stages.prepare(changed, load_tokenizer(TINY), out_dir=run_dir / "data", overwrite=True)
+    prepare(changed, load_tokenizer(TINY), out_dir=run_dir / "data", overwrite=True)
     with pytest.raises(ConflictError, match="maybe with test rows that it was trained on"):
         evaluate(recipe, run_dir)
 
@@ -121,9 +122,9 @@ def test_test_rows_prepared_anew_are_not_those_of_the_trained_model(run_dir):
 def test_a_broken_entry_of_the_cache_is_made_anew(finished, tmp_path, monkeypatch, name, content):
     monkeypatch.setenv("NEMOTUNE_CACHE", str(tmp_path / "cache"))
     recipe, tokenizer = load(str(finished)), load_tokenizer(TINY)
-    first = stages.prepare(recipe, tokenizer, out_dir=tmp_path / "first")
+    first = prepare(recipe, tokenizer, out_dir=tmp_path / "first")
     (tmp_path / "cache" / "data" / first.fingerprint / name).write_text(content)
-    assert stages.prepare(recipe, tokenizer, out_dir=tmp_path / "second").stats == first.stats
+    assert prepare(recipe, tokenizer, out_dir=tmp_path / "second").stats == first.stats
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from nemotune.evaluate.rows import read_rows
 from nemotune.models import load_tokenizer
 from nemotune.recipe import load
 from nemotune.train import Deadline
-from nemotune.workflow import stages
+from nemotune.workflow import scoring, stages, training
 
 SETTINGS = (
     "data.max_samples=12", "data.test=0.2", "data.validation=null", "data.sequence_length=512", "train.eval_every=null", "train.max_steps=2",
@@ -141,8 +141,8 @@ def test_only_the_last_stage_of_a_run_says_what_to_type_next(recipe, tmp_path, c
 def test_an_evaluation_says_which_rows_it_asked_and_removes_the_report_of_the_earlier_one(recipe, tmp_path, capsys, monkeypatch):
     stages.run(recipe, resume=False, **options(tmp_path / "run"))
     assert (tmp_path / "run" / "report.html").is_file()
-    seeds, compare = [], stages.compare_files
-    monkeypatch.setattr(stages, "compare_files", lambda directory, seed: seeds.append(seed) or compare(directory, seed=seed))
+    seeds, compare = [], scoring.compare_files
+    monkeypatch.setattr(scoring, "compare_files", lambda directory, seed: seeds.append(seed) or compare(directory, seed=seed))
     stages.evaluate(recipe, **options(tmp_path / "run", overwrite=True, console=Console(width=400)))
     assert "asked: 2 of 2 rows of test" in capsys.readouterr().out
     assert not (tmp_path / "run" / "report.html").exists()
@@ -209,12 +209,12 @@ def test_an_evaluation_holds_one_model_at_a_time(tmp_path, monkeypatch, trained_
         (out_dir / f"{label}.jsonl").touch()
         return {}
 
-    for module in (stages, stages.native):
+    for module in (scoring, native):
         monkeypatch.setattr(module, "load_model", load_model)
-    monkeypatch.setattr(stages, "load_adapter", lambda model, directory: None)
-    monkeypatch.setattr(stages, "run_evaluation", run_evaluation)
-    monkeypatch.setattr(stages, "compare_files", lambda directory, seed: {"tasks": {}})
-    monkeypatch.setattr(stages, "comparison_table", str)
+    monkeypatch.setattr(scoring, "load_adapter", lambda model, directory: None)
+    monkeypatch.setattr(scoring, "run_evaluation", run_evaluation)
+    monkeypatch.setattr(scoring, "compare_files", lambda directory, seed: {"tasks": {}})
+    monkeypatch.setattr(scoring, "comparison_table", str)
     stages.evaluate(recipe, **options(tmp_path / "run"))
     assert asked == ["base", "tuned"] and most == ([1] if method == "lora" else [1, 1])
 
@@ -228,8 +228,8 @@ def test_an_evaluation_that_breaks_off_leaves_the_earlier_one(recipe, tmp_path, 
         (out_dir / "base.jsonl").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages.native, "load_model", lambda path, **settings: SimpleNamespace(eval=lambda: None))
-    monkeypatch.setattr(stages, "run_evaluation", interrupted)
+    monkeypatch.setattr(native, "load_model", lambda path, **settings: SimpleNamespace(eval=lambda: None))
+    monkeypatch.setattr(scoring, "run_evaluation", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stages.evaluate(recipe, **options(tmp_path / "run", overwrite=True))
     assert [file.read_text() for file in (tmp_path / "run" / "eval").iterdir()] == ["earlier"]
@@ -259,7 +259,7 @@ def test_a_recipe_without_tasks_runs_to_its_report_and_is_no_evaluation(recipe, 
 def clock(monkeypatch):
     """The time that a command's deadline goes by."""
     clock = Clock()
-    monkeypatch.setattr(stages.Deadline, "of", lambda recipe, started: Deadline(100.0, clock=clock))
+    monkeypatch.setattr(Deadline, "of", lambda recipe, started: Deadline(100.0, clock=clock))
     return clock
 
 
@@ -343,7 +343,7 @@ def test_two_processes_do_not_train_in_one_run(recipe, tmp_path, monkeypatch, tr
 
 
 def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(recipe, tmp_path, monkeypatch, trained_at_once):
-    prepare = stages.prepare
+    prepare = training.prepare
 
     def slow_prepare(*args, out_dir, **settings):
         prepared = prepare(*args, out_dir=out_dir, **settings)
@@ -351,7 +351,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(reci
         (out_dir.parent / "recipe.json").touch()
         return prepared
 
-    monkeypatch.setattr(stages, "prepare", slow_prepare)
+    monkeypatch.setattr(training, "prepare", slow_prepare)
     with pytest.raises(ConflictError, match="holds a run already"):
         stages.train(recipe, resume=False, **options(tmp_path / "run"))
 

@@ -1,0 +1,68 @@
+"""The stages `plan` and `train`: what a recipe trains and holds, and the training of it. The loop itself is in `nemotune.train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shlex import quote
+
+from rich.console import Console
+
+from nemotune.data.prepare import Prepared, prepare
+from nemotune.data.sources import require_sources
+from nemotune.engines import native
+from nemotune.errors import ConflictError
+from nemotune.models import load_tokenizer
+from nemotune.plan.cost import cost_line, coverage_table, estimate
+from nemotune.recipe import Recipe
+from nemotune.train import Deadline
+from nemotune.train.checkpoint import Checkpoints
+from nemotune.workflow.messages import say, wrote
+from nemotune.workflow.run_dir import FROM_TRAINED, discard, held, open_run, refuse_begun
+
+
+def plan(recipe: Recipe, *, console: Console) -> None:
+    """What the recipe trains and what it holds in memory."""
+    cost = estimate(recipe)
+    if recipe.method == "lora":
+        console.print(coverage_table(cost.coverage))
+    console.print(cost_line(cost))
+
+
+def train(
+    recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console, started: float | None = None
+) -> None:
+    """Train on the prepared rows, preparing them first where they are not there."""
+    refuse_begun(run_dir, resume=resume, overwrite=overwrite)
+    if dry_run:
+        require_sources(recipe)
+        plan(recipe, console=console)
+        say(console, f"would write {run_dir / native.trained_name(recipe)}")
+        return
+    deadline = Deadline.of(recipe, started=started)
+    native.require_device(recipe)
+    estimate(recipe)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
+    prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
+    train_prepared(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, deadline=deadline, console=console)
+
+
+def train_prepared(
+    recipe: Recipe, prepared: Prepared, run_dir: Path, *, resume: bool, overwrite: bool, deadline: Deadline, console: Console,
+    alone: bool = True,
+) -> None:  # fmt: skip
+    """Train and keep the outcome; what an earlier outcome was evaluated, merged and reported as is removed."""
+    notes = Console(stderr=True, soft_wrap=True)
+    with held(run_dir):
+        refuse_begun(run_dir, resume=resume, overwrite=overwrite)  # again: another process may have been faster
+        if resume and not Checkpoints(run_dir, keep=1).latest():
+            if (trained := run_dir / native.trained_name(recipe)).is_dir():
+                raise ConflictError(f"{trained}: no checkpoint is left to go on from; --overwrite trains anew, name=... keeps both")
+            say(notes, f"no checkpoint in {run_dir} to resume from: begins with step 1")
+        open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
+        result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=notes, deadline=deadline)
+        discard(run_dir, FROM_TRAINED)
+    place, is_cut = quote(str(run_dir)), result.ended == "stopped at the deadline"
+    goes_on = "; `--resume` goes on" if is_cut else ""
+    console.print(f"{result.ended} after {result.steps} steps; the {result.weights} weights are kept{goes_on}")
+    then = f"nemotune run {place} --resume" if is_cut else f"nemotune eval {place}" if alone else None
+    wrote(console, run_dir / native.trained_name(recipe), then=then)
