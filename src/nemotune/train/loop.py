@@ -79,8 +79,8 @@ class Loop:
 
     def take_step(self) -> Step:
         """Forward, backward, checks and update. Raises TrainingError before anything is updated with what is dead or not finite."""
-        settings, before = self.recipe.train, self.progress.step
-        started = time.perf_counter()
+        settings = self.recipe.train
+        before, started = self.progress.step, time.perf_counter()
         with self.deadline.watch("step"):
             give_back_freed(before)
             rate = learning_rate(before, self.total_steps, settings)
