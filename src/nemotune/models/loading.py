@@ -87,8 +87,6 @@ def load_model(
             for piece, value in _stored(name, meta.shape, model):
                 (tensor if piece.index is None else tensor[piece.index]).copy_(value)
         _assign(model, name, tensor)
-    if model.source is not None:
-        model.source.close()
     if config.tie_word_embeddings:
         model.tie_head()
     if random_seed is not None:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Checkpoint:
     def __init__(self, directory: Path):
         self.directory = Path(directory)
         self.tensors: dict[str, TensorInfo] = {}
-        self._shard = lru_cache(maxsize=1)(self._open)  # tensors are read shard by shard: one open file is enough
+        self._places: dict[str, int] = {}  # of the first byte of each tensor in its file
         for file in self._shard_files():
             self._read_header(file)
         self._check_index()
@@ -66,27 +66,30 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """The tensor called `name`, on the CPU, in the dtype that it has on disk."""
         info = self.tensors[name]
-        try:
-            return self._shard(info.file).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(_unreadable(self.directory / info.file, error)) from error
+        return self._values(info, 0, info.num_bytes).view(info.shape)
 
     def slices(self, name: str, num_rows: int) -> Iterator[torch.Tensor]:
         """The tensor called `name`, so many of its rows at a time: only those are in memory."""
         info = self.tensors[name]
+        row_bytes = info.num_bytes // info.shape[0]
+        for start in range(0, info.shape[0], num_rows):
+            rows = min(num_rows, info.shape[0] - start)
+            yield self._values(info, start * row_bytes, rows * row_bytes).view(rows, *info.shape[1:])
+
+    def _values(self, info: TensorInfo, first: int, num_bytes: int) -> torch.Tensor:
+        """So many bytes of the tensor as its values, read into memory of their own: pages of a mapped file count as the process's until it is closed."""
+        path, values = self.directory / info.file, torch.empty(num_bytes, dtype=torch.uint8)
+        left = memoryview(values.numpy())
         try:
-            whole = self._shard(info.file).get_slice(name)
-            for start in range(0, info.shape[0], num_rows):
-                yield whole[start : start + num_rows]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(_unreadable(self.directory / info.file, error)) from error
-
-    def close(self) -> None:
-        """Let go of the shard that was read last: its pages count as the process's own. A later `read` opens it again."""
-        self._shard.cache_clear()
-
-    def _open(self, file: str) -> Any:
-        return safe_open(self.directory / file, "pt")
+            with path.open("rb", buffering=0) as file:
+                file.seek(self._places[info.name] + first)
+                while left:
+                    if not (count := file.readinto(left)):
+                        raise EOFError(f"{len(left)} bytes of {info.name} are missing")
+                    left = left[count:]
+        except (OSError, EOFError) as error:
+            raise CheckpointError(_unreadable(path, error)) from error
+        return values.view(info.torch_dtype)
 
     @cached_property
     def _index(self) -> dict[str, Any]:
@@ -124,6 +127,7 @@ class Checkpoint:
                 for name in shard.offset_keys():
                     view = shard.get_slice(name)
                     self.tensors[name] = TensorInfo(name, file, view.get_dtype(), tuple(view.get_shape()))
+            self._places |= _places(self.directory / file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(_unreadable(self.directory / file, error)) from error
 
@@ -135,6 +139,14 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.directory / INDEX_FILE}: names {len(lost)} tensors that no shard holds, first {lost[0]}; download again"
             )
+
+
+def _places(path: Path) -> dict[str, int]:
+    """Where in the file each tensor begins: eight bytes of the header's length, the header, the tensors. The library has checked that they fit."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +74,26 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError, match="model.safetensors: cannot be read"):
         Checkpoint(tmp_path)
+
+
+def test_a_shard_that_loses_its_end_after_it_was_opened_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(4), "b": torch.arange(6.0).view(2, 3)}, path)
+    checkpoint = Checkpoint(tmp_path)
+    path.write_bytes(path.read_bytes()[:-4])
+    assert checkpoint.read("a").tolist() == [1, 1, 1, 1]
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*4 bytes of b are missing"):
+        checkpoint.read("b")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists what is mapped")
+def test_what_is_read_maps_no_file(tmp_path):
+    """Pages of a mapped shard would count as the process's own, beside the copy of them that is the model."""
+    save_file({"a": torch.arange(12.0).view(4, 3)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    held = [checkpoint.read("a"), *checkpoint.slices("a", 3)]
+    assert torch.equal(held[0], torch.cat(held[1:])) and len(held) == 3
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_only_safetensors_are_read(tmp_path):
