@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.harness import in_turn, save, table
+from benchmarks.harness import in_turn, report, save, table
 from nemotune.recipe import load
 from nemotune.workflow import stages
 
@@ -21,7 +21,7 @@ from nemotune.workflow import stages
 def main() -> None:
     recipe = next((word for word in sys.argv[1:] if word not in ("none", "nf4")), "quickstart")
     if sys.argv[-1] in ("none", "nf4"):
-        print(json.dumps(held_out_losses(recipe, sys.argv[-1])))
+        report(held_out_losses(recipe, sys.argv[-1]))
         return
     figures = in_turn({name: [sys.executable, "-m", "benchmarks.four_bits", recipe, name] for name in ("none", "nf4")}, rounds=1)
     path = save("four_bits", {"figures": figures, "table": show(figures)}, packages=("torch", "transformers"))

@@ -42,13 +42,21 @@ def _over_rounds(runs: list[Figures]) -> Figures:
 
 def _run(command: Sequence[str]) -> Figures:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, text=True)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        code = subprocess.run(command, cwd=ROOT, stdout=out, stderr=err, text=True).returncode
         out.seek(0), err.seek(0)
-        if child.returncode:
-            raise SystemExit(f"{' '.join(command)}\nended with {child.returncode}:\n{err.read()[-3000:]}")
-        return json.loads(out.read().splitlines()[-1]) | {"peak_gb": usage.ru_maxrss * 1024 / 1e9}
+        if code:
+            raise SystemExit(f"{' '.join(command)}\nended with {code}:\n{err.read()[-3000:]}")
+        return json.loads(out.read().splitlines()[-1])
+
+
+def report(figures: Mapping[str, float]) -> None:
+    """A contender's last line: its figures and the largest resident size that it had."""
+    print(json.dumps({**figures, "peak_gb": peak_resident_gb()}))
+
+
+def peak_resident_gb() -> float:
+    """Of this program alone, on Linux: `ru_maxrss` begins with the size of the process that started it."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def save(name: str, figures: Mapping[str, Any], *, packages: Sequence[str]) -> Path:

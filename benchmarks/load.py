@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import in_turn, save, table
+from benchmarks.harness import in_turn, peak_resident_gb, report, save, table
 from benchmarks.models import CONFIGS
 from nemotune.models import load_model, save_model
 
@@ -31,7 +30,7 @@ SMALL = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128}
 def main(argv: Sequence[str] | None = None) -> None:
     asked = _arguments(argv)
     if asked.contender:
-        print(json.dumps(load(asked.contender, asked.model)))
+        report(load(asked.contender, asked.model))
         return
     model = asked.work / f"{asked.family}-{asked.repeats}{'-small' if asked.small else ''}"
     if not model.is_dir():
@@ -63,7 +62,7 @@ def load(contender: str, directory: Path) -> dict[str, float]:
     """Seconds to load `directory` and touch its weights; gigabytes of the process before."""
     find_loader = CONTENDERS[contender]
     call = find_loader()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    before = peak_resident_gb()
     started = time.perf_counter()
     _touch(call(directory))
     return {"seconds": time.perf_counter() - started, "imports_gb": before}

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu.setting import NANO_30B, SMALL, Setting
-from benchmarks.harness import in_turn, save, table
+from benchmarks.harness import in_turn, report, save, table
 from nemotune.lora import apply_lora
 from nemotune.models import load_model, save_model
 from nemotune.plan.cost import Cost, estimate
@@ -37,7 +37,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**22), "MALLOC_TRIM_THRESHOLD_": str
 def main(argv: Sequence[str] | None = None) -> None:
     asked = _arguments(argv)
     if asked.mode:
-        print(json.dumps(measure(asked.model, asked.mode, sequence=asked.sequence, small=asked.small)))
+        report(measure(asked.model, asked.mode, sequence=asked.sequence, small=asked.small))
         return
     with tempfile.TemporaryDirectory() as work:
         model = Path(work) / "model"

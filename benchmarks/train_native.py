@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.harness import report
 from nemotune.recipe import load
 from nemotune.workflow import stages
 
@@ -22,7 +23,7 @@ def main() -> None:
     rows = [row for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "train"]
     seconds = sum(row["seconds"] for row in rows[1:])
     tokens = sum(row["seconds"] * row["tokens_per_second"] for row in rows[1:])
-    print(json.dumps({"tokens_per_second": tokens / seconds, "padding": 0.0, "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}))
+    report({"tokens_per_second": tokens / seconds, "padding": 0.0, "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]})
 
 
 if __name__ == "__main__":

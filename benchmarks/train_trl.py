@@ -13,6 +13,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.harness import report
+
 
 class Clock(TrainerCallback):
     """The seconds of every optimiser step."""
@@ -60,7 +62,7 @@ def main() -> None:
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     padding = 1 - sum(useful for useful, _ in counts) / sum(total for _, total in counts)
     figures = {"tokens_per_second": useful / sum(clock.seconds[1:]), "padding": padding, "first_loss": losses[0], "last_loss": losses[-1]}
-    print(json.dumps(figures))
+    report(figures)
 
 
 if __name__ == "__main__":
