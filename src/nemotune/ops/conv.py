@@ -54,6 +54,7 @@ class _CausalConv(torch.autograd.Function):
                 dsum = torch.ops.aten.silu_backward(dy[rows].float(), _slide(window, taps_WC, bias_C))
                 if ctx.needs_input_grad[1]:
                     dtaps_WC += torch.stack([(tap * dsum).sum(0) for tap in _shifted(window, width)])
+                if ctx.needs_input_grad[2]:
                     dbias_C += dsum.sum(0)
                 dsum = torch.cat([dsum, later])
                 dx[rows] = _slide(dsum, reversed_taps_WC, None)

@@ -127,6 +127,12 @@ def test_convolution_equals_pytorch_per_document(lengths, at_once, monkeypatch):
     assert_same(causal_conv1d(x, weight, bias, documents), causal_conv1d_ref(x, weight, bias, documents), inputs)
 
 
+def test_a_bias_is_trained_beside_frozen_taps():
+    x, weight, bias = leaves((9, 6), (6, 4), (6,))
+    args = x, weight.detach(), bias, documents_of([5, 4])
+    assert_same(causal_conv1d(*args), causal_conv1d_ref(*args), (x, bias))
+
+
 def test_convolution_step_continues_the_row():
     x, weight, bias = (t.detach() for t in leaves((9, 6), (6, 4), (6,)))
     whole = causal_conv1d(x, weight, bias, documents_of([2, 7]))
