@@ -199,7 +199,7 @@ def test_triton_scans_as_the_recurrence_in_fp32(shape):
 @triton_computes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton_adds_the_rounding_of_its_factors_to_a_bf16_scan(shape, torch_computes):
-    """As in tests/unit/ops/test_triton_ssd.py: sqrt(2) of the error of a path that rounds no factor."""
+    """As in tests/parity/triton/test_triton_ssd.py: sqrt(2) of the error of a path that rounds no factor."""
     inputs = padded_scan_inputs(torch.bfloat16, **shape)
     exact = on("cpu", lambda *args: ssd_ref(*args, documents_of(LENGTHS, "cpu"))[0], *(t.float() for t in inputs))
     for ours, other, reference in zip(on(DEVICE, scan, *inputs), torch_computes(scan, *inputs), exact, strict=True):
