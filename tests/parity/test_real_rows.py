@@ -16,7 +16,7 @@ from nemotune.data.formats import FORMATS
 from nemotune.data.prepare import prepare
 from nemotune.data.sources import iter_rows
 from nemotune.data.template import Renderer
-from nemotune.recipe.schema import Source
+from nemotune.recipe.schema import Recipe, Source
 
 ROOT = os.environ.get("NEMOTUNE_TEST_DATA")
 pytestmark = pytest.mark.skipif(ROOT is None, reason="NEMOTUNE_TEST_DATA names no folder of published rows")
@@ -36,6 +36,10 @@ def template(name):
 def reconstructed(name, **tokens):
     text = gzip.decompress((DATA / "nemotron" / "tokenizer" / f"{name}_tokenizer.RECONSTRUCTED.json.gz").read_bytes()).decode()
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), **tokens)
+
+
+def recipe_of(**data):
+    return Recipe.model_validate({"name": "test", "model": {"path": "unused"}, "data": data})
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +209,8 @@ def test_raw_medmcqa_trains_one_letter_and_the_end(nemotron):
         ("squad", "squad/xquad_en.hf_schema.jsonl", 400),
     ],
 )
-def test_published_rows_prepare_and_none_is_lost(nemotron, make_recipe, tmp_path, row_format, path, rows):
-    recipe = make_recipe(
+def test_published_rows_prepare_and_none_is_lost(nemotron, tmp_path, row_format, path, rows):
+    recipe = recipe_of(
         format=row_format,
         train=str(DATA / path),
         max_samples=rows,
