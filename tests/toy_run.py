@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+from rich.console import Console
 from toy_model import Parrot
 
 from nemotune.data.prepare import Prepared, prepare
@@ -17,6 +18,12 @@ from nemotune.models import load_tokenizer
 from nemotune.plan import environment
 from nemotune.recipe import dump, load
 from nemotune.train.metrics import Metrics
+
+# Of a run that takes seconds.
+SETTINGS = (
+    "data.max_samples=12", "data.test=0.2", "data.validation=null", "data.sequence_length=512", "train.eval_every=null", "train.max_steps=2",
+    "train.micro_batch_size=1", "train.global_batch_size=1", "logging.trackers=[]", "evaluate.tasks=[perplexity]", "evaluate.max_samples=2",
+)  # fmt: skip
 
 TINY = Path(__file__).parents[1] / "src" / "nemotune" / "assets" / "nemotron-tiny"
 CITIES = ["Oslo", "Rome", "Lima", "Cairo", "Paris", "Quito", "Delhi", "Tokyo", "Accra", "Perth", "Turin", "Minsk"]
@@ -79,3 +86,15 @@ def _write_metrics(run_dir: Path, *, steps: int) -> None:
             metrics.write("eval", step, loss=loss + 0.15, perplexity=math.exp(loss + 0.15))
     metrics.write("warning", 31, message="loss 2.10 is far above its recent mean 0.90")
     metrics.close()
+
+
+def leave_checkpoint(run_dir):
+    """What a resume looks for, and nothing in it."""
+    whole = run_dir / "checkpoints" / "step_000002"
+    whole.mkdir(parents=True)
+    for name in ("trainer.json", ".metadata"):
+        (whole / name).touch()
+
+
+def options(run_dir, **changed):
+    return {"run_dir": run_dir, "overwrite": False, "dry_run": False, "console": Console(quiet=True), **changed}

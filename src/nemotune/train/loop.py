@@ -82,7 +82,8 @@ class Loop:
         settings = self.recipe.train
         before, started = self.progress.step, time.perf_counter()
         with self.deadline.watch("step"):
-            give_back_freed(before)
+            if self.model.device.type == "cpu":
+                give_back_freed(before)
             rate = learning_rate(before, self.total_steps, settings)
             result = accumulate(self.model, self.loader.step(before), keys=self.keys, seed=settings.seed, step=before)
             self.loss, norm = result.loss, gradient_norm(self.parameters.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kept_bytes import kept_for_backward
 from random_models import make
 
 from nemotune.lora import apply_lora
@@ -28,18 +29,7 @@ def saved(block, tokens):
     """Bytes of distinct memory that one forward of the block keeps, its parameters and the documents' places apart."""
     documents = Documents(torch.tensor([0, tokens], dtype=torch.int32))
     x = torch.randn(tokens, 32, dtype=torch.bfloat16, requires_grad=True)
-    parameters = {p.untyped_storage().data_ptr() for p in [*block.parameters(), *block.buffers()]}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        block(x, documents, None)
-    return sum(size for size, _ in kept.values())
+    return kept_for_backward(block, x, documents)
 
 
 def saved_per_token(block):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_bytes import kept_for_backward
 from random_models import make
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
@@ -27,23 +28,6 @@ WIDTHS = {"bfloat16": 2, "float32": 4}
 WIDE = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "mamba_head_dim", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size",
 )  # fmt: skip
-
-
-def saved(block, x, documents, rope):
-    """Bytes of distinct memory that one forward keeps, parameters apart."""
-    parameters = {p.untyped_storage().data_ptr() for p in [*block.parameters(), *block.buffers()]}
-    parameters |= {t.untyped_storage().data_ptr() for t in rope or ()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        block(x, documents, rope)
-    return sum(size for size, _ in kept.values())
 
 
 class Products(TorchDispatchMode):
@@ -66,7 +50,7 @@ def counted(block, model, tokens, mode):
     x = torch.randn(tokens, model.config.hidden_size, dtype=model.compute_dtype, requires_grad=True)
     rope = model.rope(documents.positions_T)
     if mode == "none":
-        return saved(block, x, documents, rope)
+        return kept_for_backward(block, x, documents, rope)
     with Products() as products:
         block(x, documents, rope)
     return x.nbytes + products.size
