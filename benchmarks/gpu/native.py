@@ -75,10 +75,9 @@ def random_model(setting: Setting) -> CausalLM:
     model.compute_dtype = torch.bfloat16
     wanted = model.state_dict()
     quantized = quantize_modules(model, device=setting.device) if setting.is_quantized else {}
-    generator = torch.Generator(setting.device).manual_seed(0)
     for name, meta in wanted.items():
         with torch.device(setting.device):
-            values = draw(name, meta, model, generator)
+            values = draw(name, meta.shape, model, seed=0)
         if name in quantized:
             for index in range(len(values)) if values.ndim == 3 else [None]:
                 quantized[name].fill(values if index is None else values[index], index)

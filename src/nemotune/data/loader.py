@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from nemotune.data.split import Split
 
 IGNORED = -100  # a target that no loss counts, as torch's cross_entropy has it
+FILLER = -1  # the document of a row that is nobody's
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,20 @@ class Batch:
     def num_supervised(self) -> int:
         return int((self.targets_T != IGNORED).sum())
 
+    @property
+    def is_filler(self) -> bool:
+        return bool((self.document_ids == FILLER).all())
+
+
+def filler() -> Batch:
+    """A row that counts for nothing, for a process that has no row left while others have."""
+    return Batch(
+        tokens_T=torch.zeros(2, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
+        targets_T=torch.full((2,), IGNORED),
+        document_ids=torch.tensor([FILLER]),
+    )
+
 
 def collate(split: Split, documents: Sequence[int]) -> Batch:
     """The documents end to end as one Batch."""
@@ -64,10 +80,21 @@ def collate(split: Split, documents: Sequence[int]) -> Batch:
 class Loader:
     """Micro batches of each global step, over packs in an order drawn from (seed, epoch).
 
-    Every pack is seen exactly once an epoch; the last step of an epoch holds what is left and may be smaller.
+    Every pack is seen exactly once an epoch; the last step of an epoch holds what is left and may be smaller. `hand` (index, number of
+    hands) gives one of several processes its share: micro batches are dealt in turn, and a hand with one less gets a filler.
     """
 
-    def __init__(self, split: Split, *, global_batch_size: int, micro_batch_size: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        split: Split,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        hand: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.hand = hand
         self.split, self.seed, self.shuffle = split, seed, shuffle
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.steps_per_epoch = -(-len(split.packs) // global_batch_size)
@@ -78,7 +105,10 @@ class Loader:
         epoch, at = divmod(index, self.steps_per_epoch)
         packs = self.order(epoch)[at * self.global_batch_size :][: self.global_batch_size]
         micro = [packs[i : i + self.micro_batch_size] for i in range(0, len(packs), self.micro_batch_size)]
-        return [collate(self.split, np.concatenate([self.split.packs[int(pack)] for pack in group])) for group in micro]
+        return [
+            filler() if group is None else collate(self.split, np.concatenate([self.split.packs[int(pack)] for pack in group]))
+            for group in deal(micro, *self.hand)
+        ]
 
     def order(self, epoch: int) -> np.ndarray:
         """The pack numbers of an epoch, in the order in which they are seen."""
@@ -87,6 +117,15 @@ class Loader:
             # RandomState: NumPy froze its stream, so a resumed run sees the same order after an upgrade
             self._order = (epoch, np.random.RandomState([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count))
         return self._order[1]
+
+
+T = TypeVar("T")
+
+
+def deal(things: Sequence[T], hand: int, hands: int) -> list[T | None]:
+    """What goes to `hand` of `hands`, in turn, and None where it gets one less than another."""
+    dealt: list[T | None] = list(things[hand::hands])
+    return dealt + [None] * (-(-len(things) // hands) - len(dealt))
 
 
 def batches(split: Split, *, max_tokens: int) -> Iterator[Batch]:

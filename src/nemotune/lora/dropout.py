@@ -41,13 +41,14 @@ class DropoutKeys:
         self._keys_T = mix(mix(documents_T.long() * GOLDEN + run) + positions_T.long())
 
 
-def dropout(x_MD: Tensor, keys_M: Tensor, *, probability: float, module: int) -> Tensor:
+def dropout(x_MD: Tensor, keys_M: Tensor, *, probability: float, module: int, first_feature: int = 0) -> Tensor:
     """x with features zeroed at `probability` (to 16 bits) and the rest scaled up; `module` tells adapters apart.
 
-    The backward keeps one byte a feature.
+    Where x holds some of the features only, they are those from `first_feature` on. The backward keeps one byte a feature.
     """
     threshold = round(probability * 65536)
-    features = x_MD.shape[-1]
-    counters = torch.arange(-(-features // 4), device=x_MD.device) * GOLDEN
-    bits = mix(mix(keys_M + module).unsqueeze(-1) + counters).view(torch.int16)[:, :features]
+    last_feature = first_feature + x_MD.shape[-1]
+    counters = torch.arange(first_feature // 4, -(-last_feature // 4), device=x_MD.device) * GOLDEN
+    skipped = first_feature % 4
+    bits = mix(mix(keys_M + module).unsqueeze(-1) + counters).view(torch.int16)[:, skipped : skipped + x_MD.shape[-1]]
     return x_MD * (bits >= threshold - 32768) * (65536 / (65536 - threshold))

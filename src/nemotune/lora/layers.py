@@ -22,6 +22,7 @@ from nemotune.ops.experts import Dispatch
 from nemotune.ops.grouped import grouped_linear
 from nemotune.ops.nf4 import dequantize
 from nemotune.recipe import Lora
+from nemotune.weights import Layout
 
 
 class LoRALayer(nn.Module):
@@ -44,9 +45,27 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def _draw(self, generator: torch.Generator) -> None:
-        """A as PEFT draws it, Kaiming uniform with a = sqrt(5); B stays zero."""
-        bound = 1 / math.sqrt(self.in_features)
-        self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator) * 2 * bound - bound)
+        """A as PEFT draws it, Kaiming uniform with a = sqrt(5); B stays zero. Where a part is held, that part of the whole A."""
+        A = self.layouts()["lora_A"]
+        bound = 1 / math.sqrt(A.shape[-1])
+        self.lora_A.copy_(A.take(torch.rand(A.shape, generator=generator) * 2 * bound - bound))
+
+    def layouts(self) -> dict[str, Layout]:
+        """Which part of each of its tensors this process holds: it follows from the weight's."""
+        shapes = {name: tuple(p.shape) for name, p in self.named_parameters(recurse=False)}
+        part = self.base.part
+        if part is None:
+            return {name: Layout.whole(shape) for name, shape in shapes.items()}
+        *experts, out, inputs = part.shape
+        *of_experts, of_out, of_inputs = part.ranges
+        rank = shapes["lora_A"][-2]
+        every_rank = ((0, rank),)
+        found = {
+            "lora_A": Layout((*experts, rank, inputs), (*of_experts, every_rank, of_inputs)),
+            "lora_B": Layout((*experts, out, rank), (*of_experts, of_out, every_rank)),
+            "lora_magnitude_vector": Layout((out,), (of_out,)),
+        }
+        return {name: found[name] for name in shapes}
 
     @property
     def in_features(self) -> int:
@@ -61,7 +80,8 @@ class LoRALayer(nn.Module):
         return self.training and self.probability > 0
 
     def _drop(self, x: Tensor, keys_M: Tensor) -> Tensor:
-        return dropout(x, keys_M, probability=self.probability, module=self.module_id)
+        first = self.base.part.ranges[-1][0][0] if self.base.part else 0  # of the features of x among those of the whole
+        return dropout(x, keys_M, probability=self.probability, module=self.module_id, first_feature=first)
 
 
 class LoRALinear(LoRALayer):

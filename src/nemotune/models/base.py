@@ -15,7 +15,7 @@ from nemotune.models.config import LlamaConfig, NemotronHConfig
 from nemotune.models.layers import Linear
 from nemotune.ops.cross_entropy import linear_cross_entropy
 from nemotune.ops.documents import Documents
-from nemotune.weights import Checkpoint, Stack
+from nemotune.weights import Checkpoint, Layout, Stack
 
 # Logits computed at once, in a buffer of fp32: 134 MB on CUDA, 67 MB on the CPU (a tenth faster there than 34; 134 gain a twentieth more).
 LOGITS_PER_CHUNK = {True: 2**25, False: 2**24}
@@ -49,6 +49,7 @@ class CausalLM(nn.Module, ABC):
         self.compute_dtype = torch.float32
         self.run_block: Callable[..., Tensor] = run_plainly
         self.source: Checkpoint | None = None  # where the weights came from: names, dtypes and unused tensors are written back from it
+        self.layouts: dict[str, Layout] = {}  # of the tensors that this process holds in part
         self.directory: Path | None = None  # config, tokenizer and template beside the weights
 
     @property
@@ -108,6 +109,10 @@ class CausalLM(nn.Module, ABC):
         chunk_tokens = max(1, LOGITS_PER_CHUNK[hidden_TD.device.type == "cuda"] // self.config.vocab_size)
         return linear_cross_entropy(self.lm_head, hidden_TD, targets_T, chunk_tokens=chunk_tokens)
 
+    def row_loss(self, tokens_T: Tensor, documents: Documents, targets_T: Tensor) -> Tensor:
+        """`loss` of a row from its tokens, in one call."""
+        return self.loss(self.forward(tokens_T, documents), targets_T)
+
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `batch_size` sequences of at most `max_length` tokens, prompts and answers together."""
         states = [self.new_layer_state(i, batch_size, max_length) for i in range(len(self.blocks))]
@@ -116,6 +121,10 @@ class CausalLM(nn.Module, ABC):
     def tie_head(self) -> None:
         """Make head and embeddings one parameter."""
         self.lm_head.weight = self.embeddings.weight
+
+    def layout(self, name: str, tensor: Tensor) -> Layout:
+        """Which part of the whole tensor `name` this process holds as `tensor`."""
+        return self.layouts.get(name) or Layout.whole(tensor.shape)
 
     def stays_fp32(self, name: str) -> bool:
         """Whether parameter `name` is held in fp32 whatever the model's dtype."""

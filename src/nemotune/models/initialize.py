@@ -7,6 +7,8 @@ Normal weights of `initializer_range`, projections into the residual stream scal
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,29 +22,29 @@ INTO_RESIDUAL = ("o_proj", "out_proj", "down_proj", "fc2_latent_proj")
 @torch.no_grad()
 def initialize(model: CausalLM, *, seed: int) -> None:
     """Draw every parameter of `model` in place, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
-        tensor.copy_(draw(name, tensor, model, generator))
+        tensor.copy_(draw(name, tensor.shape, model, seed=seed))
 
 
-def draw(name: str, tensor: Tensor, model: CausalLM, generator: torch.Generator) -> Tensor:
-    """Fresh values for the parameter or buffer `name`, whose shape `tensor` has: fp32, on torch's default device."""
+def draw(name: str, shape: Sequence[int], model: CausalLM, *, seed: int) -> Tensor:
+    """Fresh values for the parameter or buffer `name` of `shape`: fp32, on torch's default device, whatever else was drawn before."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(zlib.crc32(name.encode(), seed))
     config = model.config
     owner, last = name.split(".")[-2:] if "." in name else ("", name)
     if last == "e_score_correction_bias" or last == "bias":
-        return torch.zeros(tensor.shape)
+        return torch.zeros(shape)
     if last == "D" or "norm" in owner:
-        return torch.ones(tensor.shape)
+        return torch.ones(shape)
     if last == "A_log":
-        return torch.rand(tensor.shape, generator=generator).mul(15).add(1).log()
+        return torch.rand(shape, generator=generator).mul(15).add(1).log()
     if last == "dt_bias":
         assert isinstance(config, NemotronHConfig)
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        dt = torch.rand(tensor.shape, generator=generator).mul(high - low).add(low).exp().clamp(min=config.time_step_floor)
+        dt = torch.rand(shape, generator=generator).mul(high - low).add(low).exp().clamp(min=config.time_step_floor)
         return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
     if owner == "conv1d":
-        bound = tensor.shape[-1] ** -0.5
-        return torch.rand(tensor.shape, generator=generator).mul(2 * bound).sub(bound)
+        bound = shape[-1] ** -0.5
+        return torch.rand(shape, generator=generator).mul(2 * bound).sub(bound)
     is_rescaled = owner in INTO_RESIDUAL and config.rescale_prenorm_residual
     scale = config.initializer_range / (math.sqrt(2 * len(model.blocks)) if is_rescaled else 1)
-    return torch.randn(tensor.shape, generator=generator).mul(scale)
+    return torch.randn(shape, generator=generator).mul(scale)

@@ -15,10 +15,13 @@ from nemotune.ops.documents import Documents
 from nemotune.ops.experts import Dispatch
 from nemotune.ops.grouped import frozen_grouped_linear, grouped_linear
 from nemotune.ops.norm import rms_norm
+from nemotune.weights.layout import Layout
 
 
 class Embedding(nn.Embedding):
     """One row per token. Nothing is drawn when it is made: on the meta device that would load PyTorch's compiler, a second and 110 MB."""
+
+    part: Layout | None = None  # of the whole weight, where this process holds no more
 
     def reset_parameters(self) -> None:
         pass
@@ -27,6 +30,8 @@ class Embedding(nn.Embedding):
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input; a cast is free where the dtypes agree."""
 
+    part: Layout | None = None  # of the whole weight, where this process holds no more
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -34,6 +39,7 @@ class Linear(nn.Linear):
 class GroupedLinear(nn.Module):
     """One linear layer per expert, `weight` [E, out, in], over rows sorted by expert."""
 
+    part: Layout | None = None  # of the whole weight, where this process holds no more
     lent: Any = None  # offload.Lent: gives the tensors on the device, one call at a time, where the module's own lie on the host
 
     def __init__(self, num_experts: int, in_features: int, out_features: int):

@@ -6,7 +6,9 @@ Peak memory is the model plus one tensor. Every tensor on disk has a home in the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +20,7 @@ from nemotune.models.base import CausalLM
 from nemotune.models.config import LlamaConfig, NemotronHConfig
 from nemotune.models.config_json import read_config
 from nemotune.models.disk_names import HEAD, disk_pieces, embeddings_name, has_copied_head, name_on_disk, tensors_of
-from nemotune.models.initialize import initialize
+from nemotune.models.initialize import draw
 from nemotune.models.llama import Llama
 from nemotune.models.locate import locate
 from nemotune.models.nemotron_h import NemotronH
@@ -55,12 +57,16 @@ def load_model(
     offload: Offload = "none",
     trainable: bool = False,
     random_seed: int | None = None,
+    arrange: Callable[[CausalLM], None] | None = None,
+    ready: Callable[[nn.Module], None] | None = None,
 ) -> CausalLM:
     """The model at `path` (directory, hub id or built-in name), computing in `dtype`.
 
     It is in evaluation mode. Weights are held in `dtype`, in fp32 where the family asks for it and everywhere if `trainable`; with
     `quantization` nf4 the linear layers and experts are quantised as they are read (quantize.py). With `random_seed` the weights are
     drawn instead, and the directory needs no shards. With `offload` experts lie on the host and are lent to `device` (offload.py).
+    `arrange` may shrink the empty model to what one of several processes holds: no more than that is kept. `ready` is called with each
+    block as soon as its weights are there.
     Raises MissingFileError, CheckpointError, and RecipeError for an offload of experts that are not there.
     """
     assert quantization == "none" or not (trainable or random_seed is not None), "NF4 is for frozen weights that were read"
@@ -73,24 +79,28 @@ def load_model(
     if random_seed is None:
         model.source = Checkpoint(directory)
         check_weights(model, model.source)
+    if arrange is not None:
+        arrange(model)
     wanted = tensors_of(model)
     on_host = expert_weights(model) if offload == "experts" else set()
     quantized = quantize_modules(model, device=device, experts_device="cpu" if on_host else None) if quantization == "nf4" else {}
-    for name, meta in wanted.items():
-        if name in quantized:
-            for piece, value in _stored(name, meta.shape, model):
-                quantized[name].fill(value.to(device), piece.index)
-            continue
-        where = "cpu" if name in on_host else device
-        tensor = torch.empty(meta.shape, dtype=torch.float32 if model.stays_fp32(name) else held_dtype, device=where)
-        if model.source is not None:
-            for piece, value in _stored(name, meta.shape, model):
-                (tensor if piece.index is None else tensor[piece.index]).copy_(value)
-        _assign(model, name, tensor)
+    for block, names in groupby(wanted, key=_block_of):
+        for name in names:
+            values = _stored(name, wanted[name], model) if random_seed is None else _drawn(name, wanted[name], model, random_seed)
+            if name in quantized:
+                for index, value in values:
+                    quantized[name].fill(value.to(device), index)
+                continue
+            where = "cpu" if name in on_host else device
+            tensor = torch.empty(wanted[name].shape, dtype=torch.float32 if model.stays_fp32(name) else held_dtype, device=where)
+            for index, value in values:
+                (tensor if index is None else tensor[index]).copy_(value)
+            _assign(model, name, tensor)
+        if ready is not None and block:
+            model.requires_grad_(trainable)
+            ready(model.get_submodule(block))
     if config.tie_word_embeddings:
         model.tie_head()
-    if random_seed is not None:
-        initialize(model, seed=random_seed)
     if on_host:
         offload_experts(model, device)
     return model.requires_grad_(trainable).eval()
@@ -144,11 +154,27 @@ def _check_copied_head(model: CausalLM, source: Checkpoint) -> None:
         )
 
 
-def _stored(name: str, shape: torch.Size, model: CausalLM) -> Iterator[tuple[Piece, Tensor]]:
-    """The tensors on disk that make up `name`, one at a time."""
+def _stored(name: str, tensor: Tensor, model: CausalLM) -> Iterator[tuple[int | None, Tensor]]:
+    """What `tensor`, called `name`, consists of, one tensor on disk at a time: its place along dim 0, or None where it is all of it."""
     assert model.source is not None
-    for piece in pieces_of(name, shape, model.stacks):
-        yield piece, model.source.read(name_on_disk(piece, model))
+    layout = model.layout(name, tensor)
+    for piece in pieces_of(name, layout.shape, model.stacks):
+        if piece.index is None:
+            yield None, layout.take(model.source.read(name_on_disk(piece, model)))
+        elif (place := layout.place_of(piece.index)) is not None:
+            yield place, layout.of_row().take(model.source.read(name_on_disk(piece, model)))
+
+
+def _drawn(name: str, tensor: Tensor, model: CausalLM, seed: int) -> Iterator[tuple[None, Tensor]]:
+    """A fresh `tensor`, called `name`: its part of what the whole one would be."""
+    layout = model.layout(name, tensor)
+    yield None, layout.take(draw(name, layout.shape, model, seed=seed))
+
+
+def _block_of(name: str) -> str:
+    """The block that the tensor belongs to, or nothing."""
+    match = re.match(r".+?\.layers\.\d+(?=\.)", name)
+    return match[0] if match else ""
 
 
 def _assign(model: CausalLM, name: str, tensor: Tensor) -> None:

@@ -4,7 +4,8 @@ It knows files and names, never a model. Next: `models/loading.py` fills modules
 """
 
 from nemotune.weights.checkpoint import Checkpoint, TensorInfo
+from nemotune.weights.layout import Layout
 from nemotune.weights.mapping import Piece, Stack
 from nemotune.weights.writer import WritePlan, write_checkpoint
 
-__all__ = ["Checkpoint", "Piece", "Stack", "TensorInfo", "WritePlan", "write_checkpoint"]
+__all__ = ["Checkpoint", "Layout", "Piece", "Stack", "TensorInfo", "WritePlan", "write_checkpoint"]

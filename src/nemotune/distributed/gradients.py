@@ -1,0 +1,102 @@
+"""Gradients of all processes added up once per step, and their norm, in which every element of the whole model counts once.
+
+Gradients are sums over tokens, so those of processes that hold the same part of a parameter are added, never averaged. FSDP has by
+then added those of the rows that it divides. Which processes hold the same part follows from the layouts alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nemotune.distributed.world import TOKENS, World
+from nemotune.weights.layout import Layout
+
+BUCKET = 2**26  # values added up by one call: 256 MB of fp32
+
+
+class Gradients:
+    """The gradients of `parameters`, of each of which this process holds `layouts[name]`.
+
+    `replicas` names those that every tensor rank computes whole, from the same activations: their gradients are equal already.
+    Every process makes one, at the same time.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout], *, replicas: Collection[str] = (), world: World
+    ):
+        self.parameters, self.world = dict(parameters), world
+        held = world.gather({name: (layouts[name], name in replicas) for name in self.parameters})
+        elements: Counter[str] = Counter()
+        for of_rank in held:
+            elements.update({name: layout.numel for name, (layout, _) in of_rank.items()})
+        self.copies = {name: elements[name] / math.prod(layouts[name].shape) for name in self.parameters}  # processes that hold an element
+        self.together: dict[tuple[int, ...], list[str]] = {}  # ranks whose gradients are added -> parameters
+        for name in sorted(self.parameters):
+            self.together.setdefault(self._same_part(name, held), []).append(name)
+        if world.size > 1:
+            world.make_groups(self.together)
+
+    def reduce(self) -> None:
+        """Add up each parameter's gradient over the processes that hold the same part; one that is missing counts as zero."""
+        for ranks in sorted(self.together):
+            if len(ranks) == 1:
+                continue
+            for bucket in _buckets([local(self._gradient(name)) for name in self.together[ranks]]):
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                dist.all_reduce(flat, group=self.world.group_of(ranks))
+                for gradient, total in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+                    gradient.copy_(total.view_as(gradient))
+
+    def norm(self) -> float:
+        """The L2 norm of all gradients together, fp32 and on several processes summed in fp64."""
+        if self.world.size == 1:
+            return torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]).item()
+        squares = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                squares += torch.linalg.vector_norm(local(parameter.grad)).double().square() / self.copies[name]
+        dist.all_reduce(squares)
+        return squares.sqrt().item()
+
+    def scale(self, factor: float) -> None:
+        """Multiply all gradients."""
+        if gradients := [local(p.grad) for p in self.parameters.values() if p.grad is not None]:
+            torch._foreach_mul_(gradients, factor)
+
+    def _same_part(self, name: str, held: Sequence[Mapping[str, tuple[Layout, bool]]]) -> tuple[int, ...]:
+        """The ranks whose gradients of `name` are terms of the same sum."""
+        mine, is_replica = held[self.world.rank][name]
+        along = self.world.ranks("pipeline", *TOKENS) if is_replica else range(self.world.size)
+        return tuple(rank for rank in along if name in held[rank] and held[rank][name][0] == mine)
+
+    def _gradient(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The values that this process holds of a tensor that FSDP may have divided."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, so many to a list that they are at most BUCKET values, or one."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
