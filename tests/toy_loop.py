@@ -20,7 +20,7 @@ SETTINGS = (
     "train.warmup_steps=0", "train.schedule=constant", "train.checkpoint_every=null", "train.eval_every=null", "data.validation=0.1",
     "logging.every=1", "logging.trackers=[]",
 )  # fmt: skip
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
+TIMES = ("seconds", "tokens_per_second", "model_tflops", "peak_memory_bytes")
 
 
 def train_toy(directory: Path, run_dir: Path, *settings: str, resume=False, doctor=lambda model: None, console=None, deadline=None):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from nemotune.train.metrics import read_metrics
 
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
+TIMES = ("seconds", "tokens_per_second", "model_tflops", "peak_memory_bytes")
 
 
 def trace(run_dir):

@@ -15,10 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Routing:
-    """Each token's experts [T, top_k], rising, and their weights, fp32."""
+    """Each token's experts [T, top_k], rising, and their weights, fp32; the scores of all experts, which a loss may want."""
 
     experts_TK: Tensor
     weights_TK: Tensor
+    scores_TE: Tensor | None = None
 
 
 def route(
@@ -48,7 +49,7 @@ def route(
     weights_TK = scores_TE.gather(1, experts_TK)
     if normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-    return Routing(experts_TK, weights_TK * scale)
+    return Routing(experts_TK, weights_TK * scale, scores_TE)
 
 
 @dataclass(frozen=True)

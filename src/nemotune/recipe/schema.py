@@ -132,6 +132,8 @@ class Train(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
+    router_bias_update_rate: NonNegativeFloat = 0.0  # what a correction bias moves by after each step (arXiv 2408.15664)
+    router_aux_loss_coef: NonNegativeFloat = 0.0  # of the sequence-wise balance loss (arXiv 2412.19437)
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
     compile: bool = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
@@ -246,6 +248,9 @@ class Recipe(Section):
             problems.append(
                 f"export.merged: got true, expected false for method: {self.method} (it leaves a whole model, there is nothing to merge)"
             )
+        for key in ("router_bias_update_rate", "router_aux_loss_coef"):
+            if self.method == "lora" and (got := getattr(self.train, key)):
+                problems.append(f"train.{key}: got {got:g}, expected 0 for method: lora (routers stay frozen)")
         if self.train.early_stopping and not self.train.eval_every:
             problems.append("train.early_stopping: needs train.eval_every, since it counts evaluations")
         if self.train.eval_every and self.data.validation is None:

@@ -24,9 +24,7 @@ class ExpertCounter:
     """Counts choices in the forward passes within `counting`, on the device and without a wait; outside of it nothing is hooked."""
 
     def __init__(self, model: CausalLM):
-        self.routers = {
-            str(index): module for index, block in enumerate(model.blocks) for module in block.modules() if isinstance(module, Router)
-        }
+        self.routers = routers(model)
         self._counts: dict[str, Tensor] = {}
 
     @contextmanager
@@ -45,6 +43,11 @@ class ExpertCounter:
         if not self._counts:
             return {}
         return dict(zip(self._counts, torch.stack(list(self._counts.values())).tolist(), strict=True))
+
+
+def routers(model: CausalLM) -> dict[str, Router]:
+    """Those of `model`, by layer."""
+    return {str(index): module for index, block in enumerate(model.blocks) for module in block.modules() if isinstance(module, Router)}
 
 
 def _add(counts_E: Tensor, routing: Routing) -> None:

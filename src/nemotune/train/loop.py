@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nemotune.data.loader import Loader
@@ -15,8 +15,10 @@ from nemotune.errors import TrainingError
 from nemotune.lora import DropoutKeys
 from nemotune.models import CausalLM
 from nemotune.recipe import Recipe
+from nemotune.train.balance import Balance
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.deadline import Deadline
+from nemotune.train.flops import Flops, peak_tflops
 from nemotune.train.health import Liveness, SpikeGuard, require_finite
 from nemotune.train.memory import give_back_freed, peak_memory_bytes
 from nemotune.train.metrics import Metrics
@@ -36,10 +38,17 @@ class Step:
     warning: str | None
     seconds: float
     memory: int
+    flops: int
+    balance: dict[str, Tensor]
 
     @property
     def tokens_per_second(self) -> float:
         return self.result.tokens / self.seconds
+
+    @property
+    def model_tflops(self) -> float:
+        """TFLOP/s."""
+        return self.flops / self.seconds / 1e12
 
 
 @dataclass
@@ -58,10 +67,12 @@ class Loop:
     held_out: Validation
     deadline: Deadline
     keys: DropoutKeys | None
+    balance: Balance | None
     console: Console
     loss: float = math.nan
 
     def __post_init__(self) -> None:
+        self.flops, self.peak_tflops = Flops.of(self.model), peak_tflops(self.model.device, self.model.compute_dtype)
         self.liveness = Liveness(self.model)
         self.spikes = SpikeGuard(self.progress.usual_losses, self.progress.spikes)
 
@@ -85,14 +96,17 @@ class Loop:
             if self.model.device.type == "cpu":
                 give_back_freed(before)
             rate = learning_rate(before, self.total_steps, settings)
-            result = accumulate(self.model, self.loader.step(before), keys=self.keys, seed=settings.seed, step=before)
+            batches = self.loader.step(before)
+            result = accumulate(self.model, batches, keys=self.keys, seed=settings.seed, step=before, balance=self.balance)
             self.loss, norm = result.loss, gradient_norm(self.parameters.values())
             require_finite(self.loss, norm, self.parameters, step=before + 1)
             self.liveness.check()
             update(self.parameters.values(), self.optimizer, learning_rate=rate, grad_norm=norm, max_grad_norm=settings.max_grad_norm)
+            loads = self.balance.step() if self.balance else {}
         warning = self.spikes.check(self.loss, step=before + 1)
         self.progress = self.progress.after_step(result, usual_losses=self.spikes.usual, spikes=self.spikes.spikes)
-        return Step(result, rate, norm, warning, seconds=time.perf_counter() - started, memory=peak_memory_bytes())
+        seconds, flops = time.perf_counter() - started, self.flops.of_batches(batches)
+        return Step(result, rate, norm, warning, seconds=seconds, memory=peak_memory_bytes(), flops=flops, balance=loads)
 
     def record(self, step: Step, bar: StepBar) -> None:
         """Tell the bar of the step, and every so many steps metrics.jsonl of those since the row before."""
@@ -102,10 +116,12 @@ class Loop:
             self.metrics.write("warning", now.step, message=step.warning)
             self.console.print(f"[yellow]step {now.step}: {step.warning}")
         if now.step % self.recipe.logging.every == 0 or now.step == 1 or self.is_at_last:
+            mfu = {"mfu": step.model_tflops / self.peak_tflops} if self.peak_tflops else {}
             self.metrics.write(
                 "train", now.step, epoch=now.step / self.loader.steps_per_epoch, loss=now.loss_sum / now.supervised_tokens,
                 learning_rate=step.learning_rate, grad_norm=step.grad_norm, tokens=now.tokens, supervised_tokens=now.supervised_tokens,
                 tokens_per_second=step.tokens_per_second, seconds=step.seconds, peak_memory_bytes=step.memory,
+                model_tflops=step.model_tflops, **mfu, **{name: value.item() for name, value in step.balance.items()},
             )  # fmt: skip
             self.progress = now.after_row()
 

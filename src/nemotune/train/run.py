@@ -21,6 +21,7 @@ from nemotune.models import CausalLM
 from nemotune.ops.kernels import kernels
 from nemotune.recipe import Recipe
 from nemotune.train.activation import set_activation_checkpointing
+from nemotune.train.balance import Balance
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.deadline import Deadline
 from nemotune.train.loop import Loop
@@ -82,7 +83,8 @@ def run(
     held_out.begin(step=progress.step, console=console)
     loop = Loop(
         model, recipe, loader=loader, total_steps=total_steps, parameters=parameters, optimizer=optimizer, checkpoints=checkpoints,
-        progress=progress, metrics=metrics, held_out=held_out, deadline=deadline, keys=keys, console=console,
+        progress=progress, metrics=metrics, held_out=held_out, deadline=deadline, keys=keys, balance=Balance.of(model, settings),
+        console=console,
     )  # fmt: skip
     with StepBar(console, total=total_steps, done=progress.step) as bar:
         while loop.goes_on():

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from nemotune.errors import CheckpointError
 from nemotune.models import CausalLM
+from nemotune.models.nemotron_h import Router
 
 METADATA = ".metadata"  # DCP writes it last
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -43,7 +44,7 @@ WRITTEN_BY_DCP = {
 
 
 def save_state(model: CausalLM, optimizer: Optimizer, directory: Path) -> None:
-    """Write what is trained and the optimiser's state of it."""
+    """Write what is trained, the correction biases of trained routers, and the optimiser's state."""
     try:
         with _quiet():
             dcp.save(_state(model, optimizer), checkpoint_id=str(directory), no_dist=True)
@@ -109,6 +110,8 @@ class _Unpickler(pickle.Unpickler):
 def _state(model: CausalLM, optimizer: Optimizer) -> dict[str, Any]:
     parameters, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    routers = {name for name, module in model.named_modules() if isinstance(module, Router) and module.weight.requires_grad}
+    trained |= {f"{name}.e_score_correction_bias" for name in routers}  # which no optimiser moves, but `balance.py` may
     return {"model": {name: value for name, value in parameters.items() if name in trained}, "optimizer": moments}
 
 

@@ -10,6 +10,7 @@ a step: it computes one micro batch while Python prepares the next.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from nemotune.data.loader import Batch
 from nemotune.lora import DropoutKeys
 from nemotune.models import CausalLM
 from nemotune.ops.documents import Documents
+from nemotune.train.balance import Balance
 from nemotune.train.optim import set_learning_rate
 
 
@@ -32,8 +34,12 @@ class StepResult:
     supervised_tokens: int
 
 
-def accumulate(model: CausalLM, batches: Sequence[Batch], *, keys: DropoutKeys | None, seed: int, step: int) -> StepResult:
-    """Add the gradients of the global batch's mean loss to the parameters."""
+def accumulate(
+    model: CausalLM, batches: Sequence[Batch], *, keys: DropoutKeys | None, seed: int, step: int, balance: Balance | None = None
+) -> StepResult:
+    """Add the gradients of the global batch's mean loss to the parameters, and of what `balance` adds to it."""
+    if balance is not None:
+        balance.begin(batches)
     supervised = sum(batch.num_supervised for batch in batches)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in batches:
@@ -41,7 +47,8 @@ def accumulate(model: CausalLM, batches: Sequence[Batch], *, keys: DropoutKeys |
         if keys is not None:
             ids = batch.document_ids.to(model.device, non_blocking=True)
             keys.set(seed=seed, step=step, documents_T=ids[documents.indices_T], positions_T=documents.positions_T)
-        hidden_TD = model(batch.tokens_T.to(model.device, non_blocking=True), documents)
+        with balance.forward(documents, batch.document_ids) if balance else nullcontext():
+            hidden_TD = model(batch.tokens_T.to(model.device, non_blocking=True), documents)
         loss = model.loss(hidden_TD, batch.targets_T) / supervised
         loss.backward()
         total += loss.detach()
