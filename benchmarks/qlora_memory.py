@@ -21,13 +21,14 @@ from pathlib import Path
 
 from benchmarks.gpu.setting import NANO_30B, SMALL, Setting
 from benchmarks.harness import in_turn, report, save, table
+from nemotune.distributed.gradients import gradient_norm
 from nemotune.lora import apply_lora
 from nemotune.models import load_model, save_model
 from nemotune.plan.cost import Cost, estimate
 from nemotune.recipe import Recipe
 from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.optim import make_optimizer
-from nemotune.train.step import accumulate, gradient_norm, update
+from nemotune.train.step import accumulate, update
 
 MODES, STEPS = ("full", "selective", "none"), 3
 LORA = {"rank": 16, "targets": ["attention", "mamba", "shared_experts"]}

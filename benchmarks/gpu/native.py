@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks.gpu.setting import Setting, timed
 from benchmarks.roofline import Clock
+from nemotune.distributed.gradients import gradient_norm
 from nemotune.lora import apply_lora
 from nemotune.models import CausalLM, build_model
 from nemotune.models.initialize import draw
@@ -18,7 +19,7 @@ from nemotune.models.quantize import quantize_modules
 from nemotune.recipe import Train
 from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.optim import make_optimizer
-from nemotune.train.step import accumulate, gradient_norm, update
+from nemotune.train.step import accumulate, update
 
 
 def measure(setting: Setting, clock: Clock, *, profile: bool = False) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemotune.distributed.world import TOKENS, World
+from nemotune.recipe.degrees import AXES
 from nemotune.weights.layout import Layout
 
 BUCKET = 2**26  # values added up by one call: 256 MB of fp32
@@ -55,20 +56,11 @@ class Gradients:
                     gradient.copy_(total.view_as(gradient))
 
     def norm(self) -> float:
-        """The L2 norm of all gradients together, fp32 and on several processes summed in fp64."""
-        if self.world.size == 1:
-            return torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]).item()
-        squares = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                squares += torch.linalg.vector_norm(local(parameter.grad)).double().square() / self.copies[name]
-        dist.all_reduce(squares)
-        return squares.sqrt().item()
-
-    def scale(self, factor: float) -> None:
-        """Multiply all gradients."""
-        if gradients := [local(p.grad) for p in self.parameters.values() if p.grad is not None]:
-            torch._foreach_mul_(gradients, factor)
+        """The L2 norm of all gradients together, summed in fp64."""
+        there = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        copies = [self.copies[name] for name in there]
+        squares = _squares(there.values()) / torch.tensor(copies, dtype=torch.float64).to(self.world.device, non_blocking=True)
+        return self.world.sum(squares.sum(), *AXES).sqrt().item()
 
     def _same_part(self, name: str, held: Sequence[Mapping[str, tuple[Layout, bool]]]) -> tuple[int, ...]:
         """The ranks whose gradients of `name` are terms of the same sum."""
@@ -81,6 +73,17 @@ class Gradients:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         return parameter.grad
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """The L2 norm of all gradients together, in one process."""
+    return _squares(parameters).sum().sqrt().item()
+
+
+def _squares(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The square of the norm of each gradient that is there, fp64."""
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients)).double().square() if gradients else torch.zeros(0, dtype=torch.float64)
 
 
 def local(tensor: Tensor) -> Tensor:

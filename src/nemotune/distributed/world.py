@@ -134,6 +134,9 @@ class World:
         return rank
 
 
+ALONE = World()
+
+
 @contextmanager
 def start(degrees: Degrees) -> Iterator[World]:
     """The world of this process until the end of the block, as torchrun tells it; that of one process outside of torchrun.

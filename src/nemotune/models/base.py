@@ -111,7 +111,7 @@ class CausalLM(nn.Module, ABC):
 
     def row_loss(self, tokens_T: Tensor, documents: Documents, targets_T: Tensor) -> Tensor:
         """`loss` of a row from its tokens, in one call."""
-        return self.loss(self.forward(tokens_T, documents), targets_T)
+        return self.loss(self(tokens_T, documents), targets_T)
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `batch_size` sequences of at most `max_length` tokens, prompts and answers together."""

@@ -38,6 +38,14 @@ class ExpertCounter:
                 stack.callback(hook.remove)
             yield
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count until the end of the block."""
+        held = {layer: counts_E.clone() for layer, counts_E in self._counts.items()}
+        yield
+        for layer, counts_E in held.items():
+            self._counts[layer].copy_(counts_E)
+
     def counts(self) -> Counts:
         """What was counted, by layer; the one place that waits for the device."""
         if not self._counts:

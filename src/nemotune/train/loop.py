@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nemotune.data.loader import Loader
+from nemotune.data.loader import Batch, Loader
+from nemotune.distributed import Gradients, World
 from nemotune.errors import TrainingError
 from nemotune.lora import DropoutKeys
 from nemotune.models import CausalLM
 from nemotune.recipe import Recipe
+from nemotune.recipe.degrees import AXES
 from nemotune.train.balance import Balance
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.deadline import Deadline
@@ -24,7 +28,7 @@ from nemotune.train.memory import give_back_freed, peak_memory_bytes
 from nemotune.train.metrics import Metrics
 from nemotune.train.progress import StepBar
 from nemotune.train.schedule import learning_rate
-from nemotune.train.step import StepResult, accumulate, gradient_norm, update
+from nemotune.train.step import StepResult, accumulate, update
 from nemotune.train.validation import Validation
 
 
@@ -38,7 +42,7 @@ class Step:
     warning: str | None
     seconds: float
     memory: int
-    flops: int
+    flops: float  # of one process
     balance: dict[str, Tensor]
 
     @property
@@ -68,6 +72,8 @@ class Loop:
     deadline: Deadline
     keys: DropoutKeys | None
     balance: Balance | None
+    gradients: Gradients
+    world: World
     console: Console
     loss: float = math.nan
 
@@ -97,15 +103,18 @@ class Loop:
                 give_back_freed(before)
             rate = learning_rate(before, self.total_steps, settings)
             batches = self.loader.step(before)
-            result = accumulate(self.model, batches, keys=self.keys, seed=settings.seed, step=before, balance=self.balance)
-            self.loss, norm = result.loss, gradient_norm(self.parameters.values())
+            result = accumulate(
+                self.model, batches, keys=self.keys, seed=settings.seed, step=before, balance=self.balance, world=self.world
+            )
+            self.gradients.reduce()
+            self.loss, norm = result.loss, self.gradients.norm()
             require_finite(self.loss, norm, self.parameters, step=before + 1)
             self.liveness.check()
             update(self.parameters.values(), self.optimizer, learning_rate=rate, grad_norm=norm, max_grad_norm=settings.max_grad_norm)
             loads = self.balance.step() if self.balance else {}
         warning = self.spikes.check(self.loss, step=before + 1)
         self.progress = self.progress.after_step(result, usual_losses=self.spikes.usual, spikes=self.spikes.spikes)
-        seconds, flops = time.perf_counter() - started, self.flops.of_batches(batches)
+        seconds, flops = time.perf_counter() - started, self._flops(batches)
         return Step(result, rate, norm, warning, seconds=seconds, memory=peak_memory_bytes(), flops=flops, balance=loads)
 
     def record(self, step: Step, bar: StepBar) -> None:
@@ -164,6 +173,11 @@ class Loop:
             )
         if said := self.held_out.summary():
             self.console.print(said, highlight=False, soft_wrap=True)
+
+    def _flops(self, batches: Sequence[Batch]) -> float:
+        """Of the global batch, for each process: what it holds of the model computes its rows, or its pieces of them."""
+        own = self.flops.of_batches(batches) / self.world.degrees.context
+        return self.world.sum(torch.tensor(own, dtype=torch.float64).to(self.world.device), *AXES).item() / self.world.size
 
     def _next_step(self) -> dict[str, float]:
         """What the deadline reckons with."""

@@ -19,11 +19,14 @@ FILE = "metrics.jsonl"
 class Metrics:
     """Appends rows to `run_dir/metrics.jsonl` and copies numbers to TensorBoard if asked.
 
-    A killed process loses no row; a power cut none from before the last `sync`. Raises DiskFullError.
+    A killed process loses no row; a power cut none from before the last `sync`. One of several processes writes, the others are `silent`.
+    Raises DiskFullError.
     """
 
-    def __init__(self, run_dir: Path, trackers: Sequence[str], *, resume_step: int = 0):
-        self.path = run_dir / FILE
+    def __init__(self, run_dir: Path, trackers: Sequence[str], *, resume_step: int = 0, silent: bool = False):
+        self.path, self.silent = run_dir / FILE, silent
+        if silent:
+            return
         kept = [row for row in read_metrics(run_dir) if row["step"] <= resume_step] if resume_step else []
         with atomic_file(self.path) as aside:
             aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -33,6 +36,8 @@ class Metrics:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append a row of `kind` train, eval, experts, warning or deadline."""
+        if self.silent:
+            return
         with self._disk_full_is_readable():
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
@@ -46,9 +51,13 @@ class Metrics:
 
     def sync(self) -> None:
         """Put the rows on the disk itself: a checkpoint counts on those before it."""
+        if self.silent:
+            return
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        if self.silent:
+            return
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from nemotune.data.loader import Loader
 from nemotune.data.split import Split
+from nemotune.distributed import Gradients, World, layouts_of, replicas
+from nemotune.distributed.world import ALONE, BATCHES, TOKENS
 from nemotune.errors import DataError
 from nemotune.lora import DropoutKeys
 from nemotune.models import CausalLM
@@ -57,17 +59,22 @@ def run(
     resume: bool,
     console: Console,
     deadline: Deadline | None = None,
+    world: World = ALONE,
 ) -> TrainResult:
     """Train the parameters of `model` that require gradients; leaves metrics and checkpoints in `run_dir`.
 
-    With `resume`, goes on from the newest whole checkpoint. Before `deadline` it stops after a step like any other, with a checkpoint.
+    Each process of `world` calls it with what it holds of the model; the first one writes. With `resume`, goes on from the newest whole checkpoint. Before `deadline` it stops after a step like any other, with a checkpoint.
     Raises TrainingError for dead or non-finite gradients, divergence, and tensors that are not held as promised.
     """
     settings = recipe.train
     deadline = deadline or Deadline()
-    loader = Loader(train, global_batch_size=settings.global_batch_size, micro_batch_size=settings.micro_batch_size, seed=settings.seed)
+    loader = Loader(
+        train, global_batch_size=settings.global_batch_size, micro_batch_size=settings.micro_batch_size, seed=settings.seed,
+        hand=(world.index(*BATCHES), world.degree(*BATCHES)),
+    )  # fmt: skip
     total_steps = count_steps(loader.steps_per_epoch, recipe)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = Gradients(parameters, layouts_of(model), replicas=replicas(model), world=world)
     optimizer = make_optimizer(parameters, settings, plus_ratio=recipe.lora.plus_ratio)
     if said := describe(optimizer):
         console.print(said)
@@ -78,13 +85,13 @@ def run(
     console.print(str(kernels(model.device, model.compute_dtype, model.config.head_dim)), highlight=False, soft_wrap=True, markup=False)
 
     model.train()
-    metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step)
-    held_out = Validation(model, validation, recipe, metrics=metrics, last_step=total_steps)
+    metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step, silent=not world.is_first)
+    held_out = Validation(model, validation, recipe, metrics=metrics, last_step=total_steps, world=world)
     held_out.begin(step=progress.step, console=console)
     loop = Loop(
         model, recipe, loader=loader, total_steps=total_steps, parameters=parameters, optimizer=optimizer, checkpoints=checkpoints,
-        progress=progress, metrics=metrics, held_out=held_out, deadline=deadline, keys=keys, balance=Balance.of(model, settings),
-        console=console,
+        progress=progress, metrics=metrics, held_out=held_out, deadline=deadline, keys=keys, balance=Balance.of(model, settings, total=lambda summed: world.sum(summed, *TOKENS)),
+        gradients=gradients, world=world, console=console,
     )  # fmt: skip
     with StepBar(console, total=total_steps, done=progress.step) as bar:
         while loop.goes_on():

@@ -18,9 +18,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nemotune.data.loader import Batch
+from nemotune.distributed import World
+from nemotune.distributed.gradients import local
+from nemotune.distributed.rows import row_of
+from nemotune.distributed.world import ALONE, BATCHES, TOKENS
 from nemotune.lora import DropoutKeys
 from nemotune.models import CausalLM
-from nemotune.ops.documents import Documents
 from nemotune.train.balance import Balance
 from nemotune.train.optim import set_learning_rate
 
@@ -35,51 +38,70 @@ class StepResult:
 
 
 def accumulate(
-    model: CausalLM, batches: Sequence[Batch], *, keys: DropoutKeys | None, seed: int, step: int, balance: Balance | None = None
+    model: CausalLM,
+    batches: Sequence[Batch],
+    *,
+    keys: DropoutKeys | None,
+    seed: int,
+    step: int,
+    balance: Balance | None = None,
+    world: World = ALONE,
 ) -> StepResult:
-    """Add the gradients of the global batch's mean loss to the parameters, and of what `balance` adds to it."""
+    """Add the gradients of the global batch's mean loss to the parameters, and of what `balance` adds to it.
+
+    `batches` are this process's share of the global batch, as many as any other's; gradients are still its own.
+    """
     if balance is not None:
         balance.begin(batches)
-    supervised = sum(batch.num_supervised for batch in batches)
+    tokens, supervised = _counted(batches, world)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in batches:
-        documents = Documents(batch.cu_seqlens, model.device)
+        row = row_of(batch, model.device, world)
         if keys is not None:
-            ids = batch.document_ids.to(model.device, non_blocking=True)
-            keys.set(seed=seed, step=step, documents_T=ids[documents.indices_T], positions_T=documents.positions_T)
-        with balance.forward(documents, batch.document_ids) if balance else nullcontext():
-            hidden_TD = model(batch.tokens_T.to(model.device, non_blocking=True), documents)
-        loss = model.loss(hidden_TD, batch.targets_T) / supervised
+            of_tokens_T = row.document_ids[row.documents.indices_T]
+            keys.set(seed=seed, step=step, documents_T=of_tokens_T, positions_T=row.documents.positions_T)
+        with balance.forward(row.documents, batch.document_ids) if balance else nullcontext():
+            loss = model.row_loss(row.tokens_T, row.documents, row.targets_T) / supervised
         loss.backward()
         total += loss.detach()
-    return StepResult(total.item(), sum(batch.num_tokens for batch in batches), supervised)
+    return StepResult(world.sum(total, "pipeline", *TOKENS).item(), tokens, supervised)
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """The L2 norm of all gradients together, fp32."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+def _counted(batches: Sequence[Batch], world: World) -> tuple[int, int]:
+    """Tokens and supervised tokens of the global batch."""
+    tokens, supervised = _sum_of_rows(
+        sum(batch.num_tokens for batch in batches if not batch.is_filler), sum(batch.num_supervised for batch in batches), world=world
+    )
+    return tokens, supervised
+
+
+def _sum_of_rows(*counts: int, world: World) -> list[int]:
+    """The counts of all rows, wherever they are."""
+    return list(counts) if world.size == 1 else world.sum(torch.tensor(counts, device=world.device), *BATCHES).tolist()
 
 
 def update(
     parameters: Iterable[nn.Parameter], optimizer: Optimizer, *, learning_rate: float, grad_norm: float, max_grad_norm: float
 ) -> None:
-    """Clip, step and clear the gradients; `max_grad_norm` 0 clips nothing."""
+    """Clip, step and clear the gradients; `max_grad_norm` 0 clips nothing. `grad_norm` is that of all processes' gradients together."""
     if max_grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(grad_norm))
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, min(1.0, max_grad_norm / (grad_norm + 1e-6)))
     set_learning_rate(optimizer, learning_rate)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
-def validation_loss(model: CausalLM, batches: Iterable[Batch]) -> float:
-    """Mean loss per supervised token over all batches, dropout off."""
+def validation_loss(model: CausalLM, batches: Iterable[Batch], *, world: World = ALONE) -> float:
+    """Mean loss per supervised token over all batches, dropout off; `batches` are this process's share, as many as any other's."""
     was_training = model.training
     model.eval()
     total, supervised = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in batches:
-        hidden_TD = model(batch.tokens_T.to(model.device, non_blocking=True), batch.cu_seqlens)
-        total += model.loss(hidden_TD, batch.targets_T)
+        row = row_of(batch, model.device, world)
+        total += model.row_loss(row.tokens_T, row.documents, row.targets_T)
         supervised += batch.num_supervised
     model.train(was_training)
-    return total.item() / max(supervised, 1)
+    loss = world.sum(total, "pipeline", *TOKENS).item()
+    return loss / max(1, _sum_of_rows(supervised, world=world)[0])

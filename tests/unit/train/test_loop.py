@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_split import ToySplit
 
 from nemotune.data.loader import Loader, batches
+from nemotune.distributed.gradients import gradient_norm
 from nemotune.errors import UnsupportedError
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
@@ -19,7 +20,7 @@ from nemotune.recipe import Lora, Train
 from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.optim import describe, make_optimizer
-from nemotune.train.step import accumulate, gradient_norm, update, validation_loss
+from nemotune.train.step import accumulate, update, validation_loss
 
 SPLIT = ToySplit([30, 20, 25])
 TARGETS = ("attention", "mamba", "mlp", "shared_experts", "experts")

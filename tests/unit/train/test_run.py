@@ -50,7 +50,7 @@ def validations(monkeypatch):
 
     def validations(*losses):
         found = iter(losses)
-        monkeypatch.setattr(validation, "validation_loss", lambda model, batches: next(found))
+        monkeypatch.setattr(validation, "validation_loss", lambda model, batches, world: next(found))
 
     return validations
 

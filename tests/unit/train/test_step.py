@@ -9,11 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_split import ToySplit
 
 from nemotune.data.loader import Loader, batches
+from nemotune.distributed.gradients import gradient_norm
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
 from nemotune.recipe import Lora
 from nemotune.train.activation import set_activation_checkpointing
-from nemotune.train.step import accumulate, gradient_norm, update, validation_loss
+from nemotune.train.step import accumulate, update, validation_loss
 
 LENGTHS = [9, 14, 6, 21, 8, 11, 5, 17]
 

@@ -1,0 +1,120 @@
+"""Some optimiser steps on a random model in however many processes there are: losses, first gradients and final weights, whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from toy_split import ToySplit
+
+from nemotune.data.loader import Loader
+from nemotune.distributed import Gradients, World, arrange, connect, layouts_of, replicas
+from nemotune.distributed.gradients import local
+from nemotune.distributed.world import BATCHES
+from nemotune.lora import apply_lora, lora_modules
+from nemotune.models import load_model
+from nemotune.recipe import Lora
+from nemotune.recipe.degrees import Degrees
+from nemotune.train.step import accumulate, update, validation_loss
+
+LENGTHS = [9, 14, 6, 21, 8, 11, 5, 17, 13]
+PACKS = [[0, 3], [1, 2, 4], [5], [7, 6], [8]]  # five rows: a step of four, and one of a single row
+TARGETS = {
+    "nemotron_h": ("attention", "mamba", "mlp", "shared_experts", "experts", "out_proj"),
+    "llama": ("attention", "mlp"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what of it is trained, and how."""
+
+    directory: Path
+    method: str = "lora"
+    dropout: float = 0.0
+    steps: int = 10
+    optimizer: str = "sgd"
+    learning_rate: float = 0.05
+    global_batch_size: int = 4
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the steps gave; tensors are whole ones by their one-process names."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    held_out: float
+
+
+def take_steps(case: Case, world: World | None = None) -> Trace:
+    """Train as `case` says with this process's part of `world`."""
+    world = world or World()
+    model = load_model(case.directory, dtype="float32", trainable=case.method != "lora", arrange=partial(arrange, world=world))
+    keys = None
+    if case.method == "lora":
+        lora = Lora(rank=4, alpha=8, dropout=case.dropout, targets=TARGETS[model.family], **dict(case.options))
+        keys = apply_lora(model, lora)
+        _move_from_zero(model)
+    connect(model, world, keys)
+    model.train()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    layouts = layouts_of(model)
+    gradients = Gradients(parameters, layouts, replicas=replicas(model), world=world)
+    kind = torch.optim.SGD if case.optimizer == "sgd" else torch.optim.AdamW
+    optimizer = kind(parameters.values(), lr=case.learning_rate, foreach=False)
+    split, hand = ToySplit(LENGTHS, packs=PACKS), (world.index(*BATCHES), world.degree(*BATCHES))
+    loader = Loader(split, global_batch_size=case.global_batch_size, micro_batch_size=1, seed=0, hand=hand)
+    losses, norms, first = [], [], {}
+    for step in range(case.steps):
+        result = accumulate(model, loader.step(step), keys=keys, seed=3, step=step, world=world)
+        gradients.reduce()
+        if step == 0:
+            first = whole({name: local(p.grad) for name, p in parameters.items() if p.grad is not None}, layouts, world)
+        losses.append(result.loss)
+        norms.append(gradients.norm())
+        update(parameters.values(), optimizer, learning_rate=case.learning_rate, grad_norm=norms[-1], max_grad_norm=1.0)
+    held_out = validation_loss(model, loader.step(0), world=world)
+    return Trace(losses, norms, first, whole({name: local(p) for name, p in parameters.items()}, layouts, world), held_out)
+
+
+def traces(cases: dict[str, Case], degrees: list[Degrees]) -> dict[tuple[str, Degrees], Trace]:
+    """Every case under all of `degrees`, in the processes of the group that there is."""
+    return {(name, each): take_steps(case, World(each, rank=dist.get_rank())) for each in degrees for name, case in cases.items()}
+
+
+def whole(parts, layouts, world: World) -> dict[str, torch.Tensor]:
+    """The tensors of which every process has a part; where several have the same, they must agree to rounding."""
+    found: dict[str, torch.Tensor] = {}
+    for of_rank in world.gather({name: (layouts[name], part.detach().clone()) for name, part in parts.items()}):
+        for name, (layout, part) in of_rank.items():
+            layout.put(part, found.setdefault(name, torch.zeros(layout.shape)))
+    return found
+
+
+def _move_from_zero(model) -> None:
+    """B begins at zero, and so does the gradient of A: give B values, the same for every layout."""
+    with torch.no_grad():
+        for name, layer in lora_modules(model):
+            layout = layer.layouts()["lora_B"]
+            values = torch.randn(layout.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
+            layer.lora_B.copy_(layout.take(values))
+
+
+def assert_same(one: Trace, other: Trace, tolerance: float = 1e-5, *, weights: bool = True) -> None:
+    """Losses, gradients of the first step and final weights within `tolerance` of each tensor's largest value."""
+    for mine, theirs in zip(one.losses, other.losses, strict=True):
+        assert abs(mine - theirs) <= tolerance * abs(theirs), (one.losses, other.losses)
+    assert abs(one.norms[0] - other.norms[0]) <= tolerance * other.norms[0]
+    assert abs(one.held_out - other.held_out) <= tolerance * other.held_out
+    for mine, theirs in [(one.gradients, other.gradients)] + [(one.weights, other.weights)] * weights:
+        assert mine.keys() == theirs.keys() and theirs
+        for name in theirs:
+            assert (mine[name] - theirs[name]).abs().max() <= tolerance * theirs[name].abs().max(), name
