@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from nemotune.errors import NemotuneError, did_you_mean
+from nemotune.workflow import processes
 
 __all__ = ["guarded", "main"]
 
@@ -65,20 +66,31 @@ def _nemotune(
 
 
 def guarded(application: typer.Typer) -> None:
-    """Run the application on the command line and exit: with 2 and a readable block where the user can mend it, with 130 when interrupted."""
+    """Run the application on the command line and exit: with 2 and a readable block where the user can mend it, with 130 when interrupted.
+
+    Of several processes the first that fails tells why; where that is the user's to mend, those that torchrun starts again end at once.
+    """
     _spin_briefly()
+    if processes.has_failed_for_good():
+        sys.exit(2)
     words = sys.argv[1:]
+    debug = "--debug" in words
     try:
         application([word for word in words if word != "--debug"])
     except (NemotuneError, OSError) as error:
-        if "--debug" in words:
+        tells = processes.first_to_fail(processes.USERS)
+        if debug:
             traceback.print_exc()
-        else:
+        elif tells:
             _print_error(_words_of(error))
         sys.exit(2)
     except SystemExit as stop:
-        if stop.code == 130:
+        if stop.code == 130 and not processes.are_several():
             typer.echo("Interrupted. The same command with --resume goes on from the last checkpoint of a training run.", err=True)
+        raise
+    except Exception:
+        if processes.are_several() and not (processes.first_to_fail_after_the_cause() or debug):
+            sys.exit(1)
         raise
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nemotune.workflow import processes
+
 if TYPE_CHECKING:
     from nemotune.recipe import Recipe
 
@@ -43,6 +45,8 @@ def open_recipe(name: str, overrides: list[str] | None, run_dir: Path | None = N
 
 def carry_out(verb: str, name: str, overrides: list[str] | None, run_dir: Path | None, *, stage: str = "", **options: Any) -> None:
     """Open the recipe and call the stage of `nemotune.workflow` that bears the verb's name, or `stage`."""
+    if verb != "train":
+        processes.require_alone(verb)
     opened = open_recipe(name, overrides, run_dir, verb=verb)
     from rich.console import Console
 

@@ -16,14 +16,16 @@ from nemotune.engines import native
 from nemotune.evaluate import check_recipe, check_rows
 from nemotune.models import load_tokenizer
 from nemotune.plan.cost import estimate
+from nemotune.plan.parallel import check_parallel
 from nemotune.recipe import Recipe
 from nemotune.train import Deadline
 from nemotune.workflow.merging import merge
 from nemotune.workflow.messages import say, wrote
 from nemotune.workflow.preparing import data, prepare_rows
+from nemotune.workflow.ranks import train
 from nemotune.workflow.run_dir import refuse_begun
 from nemotune.workflow.scoring import evaluate, score
-from nemotune.workflow.training import plan, train, train_prepared
+from nemotune.workflow.training import plan, train_prepared
 
 __all__ = ["data", "evaluate", "merge", "plan", "report", "run", "score", "train"]
 
@@ -44,6 +46,7 @@ def run(
     deadline = Deadline.of(recipe, started=started)
     console.rule(escape(f"{recipe.name} in {run_dir}"), align="left")
     native.require_device(recipe)
+    check_parallel(recipe)
     estimate(recipe)  # a target or a config that does not fit is told before the rows are read
     prepared = prepare_rows(recipe, run_dir, show=0, overwrite=overwrite, console=console, alone=False)
     if recipe.evaluate.tasks:

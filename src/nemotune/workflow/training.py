@@ -1,7 +1,11 @@
-"""The stages `plan` and `train`: what a recipe trains and holds, and the training of it. The loop itself is in `nemotune.train`."""
+"""The stages `plan` and `train`: what a recipe trains and holds, and the training of it, here or in processes that are started for it.
+
+The loop itself is in `nemotune.train`; what each of several processes does is in `ranks.py`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 
@@ -13,15 +17,20 @@ from nemotune.engines import native
 from nemotune.errors import ConflictError
 from nemotune.models import load_tokenizer
 from nemotune.plan.cost import cost_line, coverage_table, estimate
+from nemotune.plan.parallel import check_parallel
 from nemotune.recipe import Recipe
-from nemotune.train import Deadline
+from nemotune.train import Deadline, TrainResult
 from nemotune.train.checkpoint import Checkpoints
+from nemotune.workflow import launching
 from nemotune.workflow.messages import say, wrote
 from nemotune.workflow.run_dir import FROM_TRAINED, discard, held, open_run, refuse_begun
+
+Engine = Callable[..., TrainResult]  # `native.train`, or what calls it elsewhere
 
 
 def plan(recipe: Recipe, *, console: Console) -> None:
     """What the recipe trains and what it holds in memory."""
+    check_parallel(recipe)
     cost = estimate(recipe)
     if recipe.method == "lora":
         console.print(coverage_table(cost.coverage))
@@ -29,8 +38,9 @@ def plan(recipe: Recipe, *, console: Console) -> None:
 
 
 def train(
-    recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console, started: float | None = None
-) -> None:
+    recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console, started: float | None = None,
+    deadline: Deadline | None = None, engine: Engine | None = None,
+) -> None:  # fmt: skip
     """Train on the prepared rows, preparing them first where they are not there."""
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
     if dry_run:
@@ -38,19 +48,24 @@ def train(
         plan(recipe, console=console)
         say(console, f"would write {run_dir / native.trained_name(recipe)}")
         return
-    deadline = Deadline.of(recipe, started=started)
+    deadline = deadline or Deadline.of(recipe, started=started)
     native.require_device(recipe)
+    check_parallel(recipe)
     estimate(recipe)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
-    train_prepared(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, deadline=deadline, console=console)
+    train_prepared(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, deadline=deadline, console=console, engine=engine)
 
 
 def train_prepared(
     recipe: Recipe, prepared: Prepared, run_dir: Path, *, resume: bool, overwrite: bool, deadline: Deadline, console: Console,
-    alone: bool = True,
+    alone: bool = True, engine: Engine | None = None,
 ) -> None:  # fmt: skip
-    """Train and keep the outcome; what an earlier outcome was evaluated, merged and reported as is removed."""
+    """Train and keep the outcome; what an earlier outcome was evaluated, merged and reported as is removed.
+
+    `engine` trains: where none is named our own does, in this process or in the several that the recipe asks for.
+    """
+    engine = engine or (native.train if recipe.parallel.nproc == 1 else launching.train)
     notes = Console(stderr=True, soft_wrap=True)
     with held(run_dir):
         refuse_begun(run_dir, resume=resume, overwrite=overwrite)  # again: another process may have been faster
@@ -59,7 +74,7 @@ def train_prepared(
                 raise ConflictError(f"{trained}: no checkpoint is left to go on from; --overwrite trains anew, name=... keeps both")
             say(notes, f"no checkpoint in {run_dir} to resume from: begins with step 1")
         open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
-        result = native.train(recipe, prepared, run_dir=run_dir, resume=resume, console=notes, deadline=deadline)
+        result = engine(recipe, prepared, run_dir=run_dir, resume=resume, console=notes, deadline=deadline)
         discard(run_dir, FROM_TRAINED)
     place, is_cut = quote(str(run_dir)), result.ended == "stopped at the deadline"
     goes_on = "; `--resume` goes on" if is_cut else ""
