@@ -34,7 +34,7 @@ from nemotune.recipe import Data, Lora, Train, load
 from nemotune.train import deadline, health, run
 from nemotune.train.experts import load_row
 from nemotune.train.metrics import read_metrics
-from nemotune.train.schedule import WSD_DECAY
+from nemotune.train.schedule import DECAYS
 from nemotune.workflow.run_dir import MAY_CHANGE
 
 DATA, LORA, TRAINING, EVALUATION, MODELS = (DOCS / f"{name}.md" for name in ("data", "lora", "training", "evaluation", "models"))
@@ -149,7 +149,7 @@ def test_coverage_of_nano_30b_is_the_table():
 def test_schedules_are_the_recipes():
     told = columns(TRAINING, "`train.schedule` | from `train.learning_rate` to `train.min_learning_rate`")
     assert told == list(get_args(Train.model_fields["schedule"].annotation))
-    assert WSD_DECAY == 0.2, "training.md says: the last fifth"
+    assert columns(TRAINING, "`train.decay_style` | share of the way that is left") == list(DECAYS)
 
 
 def test_kernels_are_told():

@@ -128,8 +128,11 @@ class Train(Section):
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_ratio: Fraction = 0.03
     warmup_steps: NonNegativeInt | None = None
+    decay_ratio: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the steps, at the end of schedule: wsd (arXiv 2404.06395 uses 0.1 to 0.2)
+    decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"  # of schedule: wsd
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
     router_bias_update_rate: NonNegativeFloat = 0.0  # what a correction bias moves by after each step (arXiv 2408.15664)
@@ -142,6 +145,14 @@ class Train(Section):
     checkpoint_every: PositiveInt | None = 200
     keep_checkpoints: PositiveInt = 2
     deadline: str | None = None  # "11h30m" after the command's start, or "2026-05-01T18:00": saved and stopped before
+
+    @model_validator(mode="after")
+    def _rates_fall(self) -> Train:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"train.min_learning_rate: got {self.min_learning_rate:g}, expected at most train.learning_rate ({self.learning_rate:g})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Train:

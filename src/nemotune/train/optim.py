@@ -1,6 +1,7 @@
 """The optimiser: AdamW with decoupled weight decay (arXiv 1711.05101), or its 8-bit form (arXiv 2110.02861) from a library that runs here.
 
-Norms, biases and the per-head parameters of Mamba are never decayed. LoRA+ (arXiv 2402.12354) is a matter of groups: that of the B has
+Decayed are the matrices: embeddings, head and router among them, as in megatron-core, and both factors of an adapter. Norms, biases, the
+per-head parameters of Mamba and DoRA's magnitudes are not, nor are convolutions, which megatron-core decays. LoRA+ (arXiv 2402.12354) is a matter of groups: that of the B has
 a multiple of the rate.
 """
 
@@ -34,7 +35,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], train: Train, *, plus
         ratio = {"lr_ratio": plus_ratio} if faster else {}
         groups.append({"params": held, "weight_decay": 0.0 if plain else train.weight_decay, **ratio})
     if train.optimizer == "adamw":
-        optimizer: Optimizer = AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
+        optimizer: Optimizer = AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=True)
     else:
         optimizer = _adamw_8bit(groups, train, on_cuda=next(iter(parameters.values())).is_cuda)
     set_learning_rate(optimizer, train.learning_rate)
@@ -75,7 +76,7 @@ def _adamw_8bit(groups: list[dict[str, Any]], train: Train, *, on_cuda: bool) ->
         except ImportError:
             pass
         else:
-            return AdamW8bit(groups, lr=train.learning_rate, betas=train.betas)
+            return AdamW8bit(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps)
     try:
         from torchao.optim import AdamW8bit as TorchAdamW8bit
     except ImportError as error:
@@ -89,4 +90,4 @@ def _adamw_8bit(groups: list[dict[str, Any]], train: Train, *, on_cuda: bool) ->
             f"train.optimizer: adamw_8bit on a CPU is compiled, and there is no C++ compiler {compiler} (the variable CXX may name one); "
             "install it, or train.optimizer=adamw"
         )
-    return TorchAdamW8bit(groups, lr=train.learning_rate, betas=train.betas)
+    return TorchAdamW8bit(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps)

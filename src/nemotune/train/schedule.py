@@ -1,13 +1,23 @@
-"""The learning rate as a function of the step alone: warmup, then cosine, linear, constant or warmup-stable-decay."""
+"""The learning rate as a function of the step alone: warmup, then cosine, linear, constant or warmup-stable-decay (arXiv 2404.06395).
+
+After warmup the rates are those of megatron-core's `OptimizerParamScheduler`; its warmup is a step behind, since its first step has rate 0.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 from nemotune.recipe import Train
 
-WSD_DECAY = 0.2  # share of the steps that a warmup-stable-decay schedule spends decaying (arXiv 2404.06395 uses 0.1 to 0.2)
+# From 1 where the decay begins, at 0, to 0 where it ends, at 1.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "exponential": lambda progress: 2 * 0.5**progress - 1,
+    "minus_sqrt": lambda progress: 1 - math.sqrt(progress),
+}
 
 
 def learning_rate(step: int, total_steps: int, train: Train) -> float:
@@ -15,8 +25,13 @@ def learning_rate(step: int, total_steps: int, train: Train) -> float:
     warmup = warmup_steps(total_steps, train)
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(total_steps - warmup, 1)
-    return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * _shape(progress, train.schedule)
+    if train.schedule == "constant":
+        return train.learning_rate
+    is_wsd = train.schedule == "wsd"
+    begin = max(warmup, total_steps - part_of(total_steps, train.decay_ratio)) if is_wsd else warmup
+    progress = max(step - begin, 0) / max(total_steps - begin, 1)
+    left = DECAYS[train.decay_style if is_wsd else train.schedule](progress)
+    return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * left
 
 
 def warmup_steps(total_steps: int, train: Train) -> int:
@@ -30,14 +45,3 @@ def part_of(steps: int, share: float) -> int:
     transformers rounds up too, but the product of floats, 7.000000000000001, and so warms up over 8.
     """
     return math.ceil(Fraction(str(share)) * steps)
-
-
-def _shape(progress: float, schedule: str) -> float:
-    """From 1 at progress 0 towards 0 at progress 1."""
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return 1 - progress
-    if schedule == "wsd":
-        return min(1.0, (1 - progress) / WSD_DECAY)
-    return 0.5 * (1 + math.cos(math.pi * progress))

@@ -77,12 +77,13 @@ def test_megatron_numbers() -> None:
     pretrain = load("pretrain-nano-30b")
     assert (pretrain.train.global_batch_size, pretrain.train.max_steps, pretrain.train.warmup_steps) == (3072, 39_500, 350)
     assert (pretrain.parallel.tensor, pretrain.parallel.expert, pretrain.method) == (4, 8, "pretrain")
+    assert (pretrain.train.router_bias_update_rate, pretrain.train.router_aux_loss_coef, pretrain.train.eps) == (1e-3, 1e-4, 1e-5)
     full, lora = load("squad-nano-30b-full"), load("squad-nano-30b-lora")
     for recipe, method, rate in ((full, "full", 5e-6), (lora, "lora", 1e-4)):
         train = recipe.train
         assert (recipe.method, train.learning_rate) == (method, rate)
         assert (train.global_batch_size, train.max_steps, train.warmup_steps, recipe.parallel.expert) == (128, 100, 10, 8)
-        assert recipe.data == full.data
+        assert recipe.data == full.data and train.eps == 1e-8
 
 
 def test_parallel_degrees_multiply_to_the_processes() -> None:
