@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from nemotune.data.prepare import Prepared
+from nemotune.errors import RecipeError
 from nemotune.files import read_json, write_json
 from nemotune.recipe import Recipe
 from nemotune.train import Deadline, TrainResult
@@ -39,6 +40,18 @@ def train(recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, co
         result = TrainResult(**read_json(launch_dir / "result.json", remedy="no process said how the training ended; --debug shows all"))
     deadline.has_stopped = result.ended == "stopped at the deadline"
     return result
+
+
+def require_gpus(nproc: int) -> None:
+    """Raise RecipeError where this machine has GPUs, and fewer than the processes that are to start on it."""
+    import torch
+
+    have = torch.cuda.device_count()
+    if torch.cuda.is_available() and nproc > have:
+        raise RecipeError(
+            f"parallel.nproc: got {nproc}, and this machine has {have} GPU{'s' * (have > 1)}; set parallel.nproc={have}, "
+            "or have several machines work together: nemotune launch, or torchrun on each"
+        )
 
 
 def start(command: Sequence[str], *, nproc: int, launch_dir: Path, console: Console, max_restarts: int = MAX_RESTARTS) -> None:

@@ -20,6 +20,7 @@ from nemotune.recipe import Recipe
 from nemotune.train import Deadline, TrainResult
 from nemotune.workflow import training
 from nemotune.workflow.processes import Process, end_with_parent, require_nproc, this_process
+from nemotune.workflow.stopping import Stoppable
 
 __all__ = ["train"]
 
@@ -49,7 +50,7 @@ def _train_launched(recipe: Recipe, process: Process, launch_dir: Path, *, run_d
     """Train what the nemotune that started this process has prepared and opened, and let it know how that ended."""
     launch = read_json(launch_dir / "launch.json", remedy="start again")
     with start(check_parallel(recipe)) as world:
-        result = _engine(recipe, run_dir, resume=resume, deadline=Deadline(launch["deadline"]), world=world)
+        result = _engine(recipe, run_dir, resume=resume, deadline=Stoppable(launch["deadline"], run_dir), world=world)
     if process.is_first:
         write_json(launch_dir / "result.json", asdict(result))
 
@@ -58,7 +59,7 @@ def _train_among_others(
     recipe: Recipe, process: Process, *, run_dir: Path, resume: bool, overwrite: bool, console: Console, started: float | None
 ) -> None:
     """Rank 0 does the whole stage; the others wait until it is about to train, and train with it."""
-    deadline = Deadline.of(recipe, started=started)
+    deadline = Stoppable.of_run(recipe, run_dir, started=started)
     with start(check_parallel(recipe)) as world:
 
         def engine(*_: Any, **__: Any) -> TrainResult:

@@ -15,8 +15,6 @@ from nemotune.data.sources import require_sources
 from nemotune.engines import native
 from nemotune.evaluate import check_recipe, check_rows
 from nemotune.models import load_tokenizer
-from nemotune.plan.cost import estimate
-from nemotune.plan.parallel import check_parallel
 from nemotune.recipe import Recipe
 from nemotune.train import Deadline
 from nemotune.workflow.merging import merge
@@ -25,7 +23,8 @@ from nemotune.workflow.preparing import data, prepare_rows
 from nemotune.workflow.ranks import train
 from nemotune.workflow.run_dir import refuse_begun
 from nemotune.workflow.scoring import evaluate, score
-from nemotune.workflow.training import plan, train_prepared
+from nemotune.workflow.stopping import Stoppable
+from nemotune.workflow.training import plan, require_fit, train_prepared
 
 __all__ = ["data", "evaluate", "merge", "plan", "report", "run", "score", "train"]
 
@@ -43,11 +42,9 @@ def run(
         later = ["eval"] * bool(recipe.evaluate.tasks) + ["export"] * merged + ["report.html"]
         say(console, f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {', '.join([native.trained_name(recipe), *later])}")
         return
-    deadline = Deadline.of(recipe, started=started)
+    deadline = Stoppable.of_run(recipe, run_dir, started=started)
     console.rule(escape(f"{recipe.name} in {run_dir}"), align="left")
-    native.require_device(recipe)
-    check_parallel(recipe)
-    estimate(recipe)  # a target or a config that does not fit is told before the rows are read
+    require_fit(recipe)
     prepared = prepare_rows(recipe, run_dir, show=0, overwrite=overwrite, console=console, alone=False)
     if recipe.evaluate.tasks:
         check_rows(recipe, prepared, load_tokenizer(recipe.model.path, recipe.model.revision))

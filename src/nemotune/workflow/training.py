@@ -24,6 +24,7 @@ from nemotune.train.checkpoint import Checkpoints
 from nemotune.workflow import launching
 from nemotune.workflow.messages import say, wrote
 from nemotune.workflow.run_dir import FROM_TRAINED, discard, held, open_run, refuse_begun
+from nemotune.workflow.stopping import STOP, Stoppable
 
 Engine = Callable[..., TrainResult]  # `native.train`, or what calls it elsewhere
 
@@ -37,6 +38,15 @@ def plan(recipe: Recipe, *, console: Console) -> None:
     console.print(cost_line(cost))
 
 
+def require_fit(recipe: Recipe, *, here: bool = True) -> None:
+    """Tell before any row is read what does not fit this machine (all processes being `here`), the model or the number of processes."""
+    native.require_device(recipe)
+    if here:
+        launching.require_gpus(recipe.parallel.nproc)
+    check_parallel(recipe)
+    estimate(recipe)
+
+
 def train(
     recipe: Recipe, *, run_dir: Path, resume: bool, overwrite: bool, dry_run: bool, console: Console, started: float | None = None,
     deadline: Deadline | None = None, engine: Engine | None = None,
@@ -48,10 +58,8 @@ def train(
         plan(recipe, console=console)
         say(console, f"would write {run_dir / native.trained_name(recipe)}")
         return
-    deadline = deadline or Deadline.of(recipe, started=started)
-    native.require_device(recipe)
-    check_parallel(recipe)
-    estimate(recipe)
+    deadline = deadline or Stoppable.of_run(recipe, run_dir, started=started)
+    require_fit(recipe, here=engine is None)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     prepared = prepare(recipe, tokenizer, out_dir=run_dir / "data", overwrite=overwrite)
     train_prepared(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, deadline=deadline, console=console, engine=engine)
@@ -73,6 +81,7 @@ def train_prepared(
             if (trained := run_dir / native.trained_name(recipe)).is_dir():
                 raise ConflictError(f"{trained}: no checkpoint is left to go on from; --overwrite trains anew, name=... keeps both")
             say(notes, f"no checkpoint in {run_dir} to resume from: begins with step 1")
+        (run_dir / STOP).unlink(missing_ok=True)  # it was for the training before
         open_run(recipe, run_dir, fingerprint=prepared.fingerprint, resume=resume, overwrite=overwrite)
         result = engine(recipe, prepared, run_dir=run_dir, resume=resume, console=notes, deadline=deadline)
         discard(run_dir, FROM_TRAINED)
