@@ -12,13 +12,14 @@ import torch.distributed as dist
 from toy_split import ToySplit
 
 from nemotune.data.loader import Loader
-from nemotune.distributed import Gradients, World, arrange, connect, layouts_of, replicas
+from nemotune.distributed import Gradients, World, arrange, connect, divide, layouts_of, replicas
 from nemotune.distributed.gradients import local
 from nemotune.distributed.world import BATCHES
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
 from nemotune.recipe import Lora
 from nemotune.recipe.degrees import Degrees
+from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.step import accumulate, update, validation_loss
 
 LENGTHS = [9, 14, 6, 21, 8, 11, 5, 17, 13]
@@ -40,6 +41,7 @@ class Case:
     optimizer: str = "sgd"
     learning_rate: float = 0.05
     global_batch_size: int = 4
+    checkpointing: str = "none"
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -57,13 +59,20 @@ class Trace:
 def take_steps(case: Case, world: World | None = None) -> Trace:
     """Train as `case` says with this process's part of `world`."""
     world = world or World()
-    model = load_model(case.directory, dtype="float32", trainable=case.method != "lora", arrange=partial(arrange, world=world))
+    model = load_model(
+        case.directory,
+        dtype="float32",
+        trainable=case.method != "lora",
+        arrange=partial(arrange, world=world),
+        ready=partial(divide, world=world, compute_dtype=torch.float32),
+    )
     keys = None
     if case.method == "lora":
         lora = Lora(rank=4, alpha=8, dropout=case.dropout, targets=TARGETS[model.family], **dict(case.options))
         keys = apply_lora(model, lora)
         _move_from_zero(model)
     connect(model, world, keys)
+    set_activation_checkpointing(model, case.checkpointing)
     model.train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     layouts = layouts_of(model)

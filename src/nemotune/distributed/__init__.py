@@ -5,6 +5,7 @@ It changes models from outside; models, ops and lora never ask how many processe
 
 from nemotune.distributed.gradients import Gradients
 from nemotune.distributed.parallelize import arrange, connect, layouts_of, replicas
+from nemotune.distributed.shard import divide
 from nemotune.distributed.world import World, start
 
-__all__ = ["Gradients", "World", "arrange", "connect", "layouts_of", "replicas", "start"]
+__all__ = ["Gradients", "World", "arrange", "connect", "divide", "layouts_of", "replicas", "start"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from nemotune.distributed import shard
 from nemotune.distributed.world import World
 from nemotune.lora import DropoutKeys
 from nemotune.lora.layers import LoRALayer
@@ -23,6 +24,7 @@ def arrange(model: CausalLM, world: World) -> None:
 
 def connect(model: CausalLM, world: World, keys: DropoutKeys | None) -> None:
     """Let the processes' parts of the loaded, adapted `model` compute together; `keys` are those of its adapters."""
+    shard.connect(model, world)  # last: it gathers what the others have swapped
 
 
 def layouts_of(model: CausalLM) -> dict[str, Layout]:

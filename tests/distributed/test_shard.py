@@ -1,0 +1,36 @@
+"""Weights divided by FSDP train as whole ones do; small fp32 tensors stay whole."""
+
+from __future__ import annotations
+
+import pytest
+from processes import in_processes
+from random_models import make
+from toy_steps import Case, assert_same, take_steps, traces
+
+from nemotune.recipe.degrees import Degrees
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> dict[str, Case]:
+    directory = tmp_path_factory.mktemp("models")
+    for variant in ("hybrid", "llama"):
+        make(variant).save_pretrained(directory / variant)
+    return {
+        "hybrid": Case(directory / "hybrid", dropout=0.3, steps=2),
+        "hybrid, all of it": Case(directory / "hybrid", method="full"),
+        "hybrid, computed again": Case(directory / "hybrid", method="full", steps=2, checkpointing="full"),
+        "hybrid, AdamW": Case(directory / "hybrid", method="full", steps=3, optimizer="adamw", learning_rate=1e-3),
+        "llama": Case(directory / "llama"),
+        "llama, all of it": Case(directory / "llama", method="full"),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(cases):
+    return {name: take_steps(case) for name, case in cases.items()}
+
+
+@pytest.mark.parametrize("degrees", [(2, [Degrees(shard=2)]), (4, [Degrees(data=2, shard=2)])], ids=["shard", "data x shard"])
+def test_divided_weights_train_as_whole_ones(cases, alone, degrees):
+    for (name, _), trace in in_processes(degrees[0], traces, cases, degrees[1]).items():
+        assert_same(trace, alone[name], weights="AdamW" not in name)
