@@ -10,6 +10,8 @@ from nemotune.data.split import Document
 class ToySplit:
     """Documents of random tokens, the second half of each supervised; `packs` lists the documents of each row."""
 
+    in_order = False
+
     def __init__(self, lengths, *, vocab_size=96, seed=0, packs=None):
         random = np.random.RandomState(seed)
         self.documents = [

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemotune.data.megatron.stream import Stream
 from nemotune.data.split import Split
 
 IGNORED = -100  # a target that no loss counts, as torch's cross_entropy has it
@@ -60,7 +61,7 @@ def filler() -> Batch:
     )
 
 
-def collate(split: Split, documents: Sequence[int]) -> Batch:
+def collate(split: Split | Stream, documents: Sequence[int]) -> Batch:
     """The documents end to end as one Batch."""
     found = [split[int(index)] for index in documents]
     borders = np.cumsum([0] + [len(document.tokens) for document in found])
@@ -81,12 +82,13 @@ class Loader:
     """Micro batches of each global step, over packs in an order drawn from (seed, epoch).
 
     Every pack is seen exactly once an epoch; the last step of an epoch holds what is left and may be smaller. `hand` (index, number of
-    hands) gives one of several processes its share: micro batches are dealt in turn, and a hand with one less gets a filler.
+    hands) gives one of several processes its share: micro batches are dealt in turn, and a hand with one less gets a filler. A split that
+    says `in_order` (a blend, `megatron/stream.py`) has shuffled its packs itself.
     """
 
     def __init__(
         self,
-        split: Split,
+        split: Split | Stream,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -95,7 +97,7 @@ class Loader:
         hand: tuple[int, int] = (0, 1),
     ) -> None:
         self.hand = hand
-        self.split, self.seed, self.shuffle = split, seed, shuffle
+        self.split, self.seed, self.shuffle = split, seed, shuffle and not split.in_order
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.steps_per_epoch = -(-len(split.packs) // global_batch_size)
         self._order: tuple[int, np.ndarray] | None = None
@@ -103,19 +105,24 @@ class Loader:
     def step(self, index: int) -> list[Batch]:
         """The micro batches of global step `index`, counted from 0 over all epochs."""
         epoch, at = divmod(index, self.steps_per_epoch)
-        packs = self.order(epoch)[at * self.global_batch_size :][: self.global_batch_size]
+        first = at * self.global_batch_size
+        packs = self.order(epoch)[first : first + self.global_batch_size]
         micro = [packs[i : i + self.micro_batch_size] for i in range(0, len(packs), self.micro_batch_size)]
         return [
             filler() if group is None else collate(self.split, np.concatenate([self.split.packs[int(pack)] for pack in group]))
             for group in deal(micro, *self.hand)
         ]
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The pack numbers of an epoch, in the order in which they are seen."""
+    def order(self, epoch: int) -> Sequence[int] | np.ndarray:
+        """The pack numbers of an epoch, in the order in which they are seen. Those of a stream go on where the epoch before ended."""
+        count = len(self.split.packs)
+        if self.split.in_order:
+            return range(epoch * count, (epoch + 1) * count)
+        if not self.shuffle:
+            return range(count)
         if self._order is None or self._order[0] != epoch:
-            count = len(self.split.packs)
             # RandomState: NumPy froze its stream, so a resumed run sees the same order after an upgrade
-            self._order = (epoch, np.random.RandomState([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count))
+            self._order = (epoch, np.random.RandomState([self.seed, epoch]).permutation(count))
         return self._order[1]
 
 

@@ -21,15 +21,18 @@ from transformers import PreTrainedTokenizerFast
 
 from nemotune.data.cache import default_cache_dir, link_files, publish, workspace
 from nemotune.data.documents import SplitWriter
+from nemotune.data.megatron.prepare import prepare_blend
+from nemotune.data.megatron.stream import Stream
 from nemotune.data.progress import progress
 from nemotune.data.rejects import Rejects
 from nemotune.data.sharing import TEST, TRAIN, VALIDATION, share_out
 from nemotune.data.split import Split
 from nemotune.data.spool import Spool, spool
+from nemotune.data.target import data_settings, read_stats, refuse_conflict, refuse_foreign
 from nemotune.data.template import Renderer
 from nemotune.data.tokenise import tokenise
-from nemotune.errors import ConflictError, DataError, MissingFileError
-from nemotune.files import read_json, staged_directory, write_json
+from nemotune.errors import DataError, MissingFileError
+from nemotune.files import staged_directory, write_json
 from nemotune.recipe.schema import Recipe, Source
 
 VERSION = 2  # of the prepared form: raise it when the same rows and settings come out differently
@@ -38,9 +41,9 @@ NAMES = {TRAIN: "train", VALIDATION: "validation", TEST: "test"}
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prepared data: a Split each, or None where the recipe holds nothing out; `stats` is stats.json."""
+    """Prepared data: a Split each, or None where the recipe holds nothing out; `stats` is stats.json. A blend is trained on where it lies."""
 
-    train: Split
+    train: Split | Stream
     validation: Split | None
     test: Split | None
     stats: dict[str, Any]
@@ -56,8 +59,8 @@ class Prepared:
         if not (directory / "stats.json").is_file():
             raise MissingFileError(f"{directory}: no prepared data there; run `nemotune data` first")
         stats = read_stats(directory)
-        splits = {name: Split(directory, name) if name in stats["splits"] else None for name in NAMES.values()}
-        return cls(**splits, stats=stats)  # type: ignore[arg-type]
+        held = {name: Split(directory, name) if name in stats["splits"] else None for name in ("validation", "test")}
+        return cls(Stream.from_json(stats["blend"]) if "blend" in stats else Split(directory, "train"), **held, stats=stats)
 
 
 def prepare(
@@ -74,16 +77,19 @@ def prepare(
     Raises DataError when too many rows are bad or none is left, MissingFileError, DiskFullError, and ConflictError when `out_dir`
     holds data of another fingerprint and `overwrite` is false. On any error `out_dir` stays as it was.
     """
-    cache_dir = cache_dir or default_cache_dir()
-    _refuse_foreign(out_dir)
+    refuse_foreign(out_dir)
     data = recipe.data
+    if data.format == "megatron":
+        prepare_blend(recipe, tokenizer, out_dir=out_dir, overwrite=overwrite)
+        return Prepared.load(out_dir)
+    cache_dir = cache_dir or default_cache_dir()
     renderer = Renderer(tokenizer, template=data.template, thinking=data.thinking, train_on=data.train_on)
     with workspace(cache_dir) as work:
         with (work / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
             spools = _spool_sources(recipe, work.parent, rejected)
             settings = data_settings(recipe)
             fingerprint = _fingerprint(settings, spools, renderer)
-            _refuse_conflict(out_dir, fingerprint, settings, overwrite)
+            refuse_conflict(out_dir, fingerprint, settings, overwrite)
             cached = _is_whole(cache_dir / fingerprint)
             if not cached:
                 stats = _write_splits(recipe, renderer, spools, work, num_workers)
@@ -96,17 +102,6 @@ def prepare(
     return Prepared.load(out_dir)
 
 
-def read_stats(directory: Path) -> dict[str, Any]:
-    """stats.json, with the files beside it as long as it says. Raises MissingFileError, DataError."""
-    remedy = "prepare it again with `nemotune data RUN --overwrite`"
-    stats = read_json(directory / "stats.json", remedy=remedy)
-    for name, size in stats.get("bytes", {"stats.json": None}).items():
-        got = (directory / name).stat().st_size if (directory / name).is_file() else 0
-        if got != size:
-            raise DataError(f"{directory / name}: unreadable (it has {got} bytes and was written with {size}); {remedy}")
-    return stats
-
-
 def _is_whole(directory: Path) -> bool:
     """Whether `directory` of the cache can be used; one that cannot is removed."""
     try:
@@ -115,15 +110,6 @@ def _is_whole(directory: Path) -> bool:
         shutil.rmtree(directory, ignore_errors=True)
         return False
     return True
-
-
-def data_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide what is prepared; where rows and templates lie does not, their content does."""
-    settings = recipe.data.model_dump(mode="json", exclude={"train", "template"})
-    for held in ("validation", "test"):
-        if isinstance(settings[held], dict):
-            settings[held] = "rows of its own"
-    return settings | {"seed": recipe.train.seed}
 
 
 def _spool_sources(recipe: Recipe, directory: Path, rejected: TextIO) -> dict[str, Spool]:
@@ -195,21 +181,3 @@ def _refuse_empty(stats: dict[str, dict[str, Any]], spools: dict[str, Spool], *,
             reasons = spools.get(name, spools["train"]).rejects.summary()
             told = "; ".join(f"{entry['count']} x {reason}" for reason, entry in reasons.items()) or "it was given none"
             raise DataError(f"data: no document is left in the {name} split ({told}); data.sequence_length is {sequence_length}")
-
-
-def _refuse_foreign(out_dir: Path) -> None:
-    """Prepared data take the place of prepared data, never of anything else, whatever the options."""
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "stats.json").is_file():
-        raise ConflictError(
-            f"{out_dir}: is not prepared data (no stats.json), so it is not replaced; move it away or choose another --run-dir"
-        )
-
-
-def _refuse_conflict(out_dir: Path, fingerprint: str, settings: dict[str, Any], overwrite: bool) -> None:
-    if overwrite or not (out_dir / "stats.json").is_file():
-        return
-    before = read_stats(out_dir)
-    if before["fingerprint"] != fingerprint:
-        changed = [f"data.{key}" if key != "seed" else "train.seed" for key in settings if settings[key] != before["settings"].get(key)]
-        what = ", ".join(changed) or "the rows, the template or the tokenizer"
-        raise ConflictError(f"{out_dir}: holds data prepared with other {what}; choose another run name or pass --overwrite")

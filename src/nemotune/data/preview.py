@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from nemotune.data.megatron.stream import Stream
 from nemotune.data.prepare import Prepared
 from nemotune.data.split import Document
 
@@ -24,6 +25,9 @@ TRAINED, CONTEXT = ("black on green", "black on bright_green"), ("default", "bri
 def show(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, console: Console, *, samples: int = 2) -> None:
     """Print the summary and the first `samples` training documents."""
     stats = prepared.stats
+    if isinstance(prepared.train, Stream):
+        _show_blend(prepared.train, stats, tokenizer, console, samples=samples)
+        return
     console.print(_splits(stats))
     console.print(f"template: {stats['template']}   fingerprint: {stats['fingerprint']}", style="dim", markup=False, highlight=False)
     console.print(_sources(stats["sources"]))
@@ -33,12 +37,45 @@ def show(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, console: Consol
     if tested := stats["in_validation_too"]:
         console.print(f"{tested} test rows are validated on as well, word for word: the best weights were chosen by them", style="bold red")
     console.print(_lengths(stats["splits"]["train"]["length"], limit=stats["settings"]["sequence_length"]))
-    plain = console.color_system is None
     for number in range(min(samples, len(prepared.train))):
         document = prepared.train[number]
         head = f"document {number}: row {document.row}, {len(document.tokens)} tokens, {int(document.mask[1:].sum())} trained"
-        console.print(Text(head + (" ⟦like this⟧" if plain else " (on green)"), style="bold"))
-        console.print(Padding(tokens_shown(document, tokenizer, plain=plain), (0, 0, 1, 2)))
+        _show_document(head, document, tokenizer, console)
+
+
+def _show_document(head: str, document: Document, tokenizer: PreTrainedTokenizerFast, console: Console) -> None:
+    plain = console.color_system is None
+    console.print(Text(head + (" ⟦like this⟧" if plain else " (on green)"), style="bold"))
+    console.print(Padding(tokens_shown(document, tokenizer, plain=plain), (0, 0, 1, 2)))
+
+
+def _show_blend(stream: Stream, stats: dict[str, Any], tokenizer: PreTrainedTokenizerFast, console: Console, *, samples: int) -> None:
+    """The datasets with what the run reads of each, the held-out splits, and the first document of the first rows."""
+    train = stats["splits"]["train"]
+    console.print(_datasets(train["datasets"]))
+    settings = stats["settings"]
+    console.print(f"the run: {train['rows_of_the_run']:,} rows of {settings['sequence_length']:,} tokens", markup=False, highlight=False)
+    for name, split in stats["splits"].items():
+        if name != "train":
+            console.print(Text(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens"))
+    if stats["sources"]:
+        console.print(_sources(stats["sources"]))
+    console.print(f"fingerprint: {stats['fingerprint']}", style="dim", markup=False, highlight=False)
+    for row in range(min(samples, len(stream.packs))):
+        document = stream[int(stream.packs[row][0])]
+        place, _ = stream.row(row)
+        _show_document(f"row {row}: of {stream.parts[place].prefix}, {len(document.tokens)} tokens", document, tokenizer, console)
+
+
+def _datasets(datasets: list[dict[str, Any]]) -> RenderableType:
+    table = Table(title="Blend", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("dataset", overflow="fold")
+    for column in ("docs", "tokens", "rows", "share", "epochs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for found in datasets:
+        counts = [f"{found[key]:,}" for key in ("documents", "tokens", "rows")]
+        table.add_row(found["prefix"], *counts, f"{found['share']:.2%}", f"{found['epochs']:.3g}")
+    return table
 
 
 def _splits(stats: dict[str, Any]) -> RenderableType:

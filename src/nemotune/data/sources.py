@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotune import assets
+from nemotune.data.megatron.blend import require_files
 from nemotune.data.readers import READERS, without_nested_nulls
 from nemotune.errors import DataError, MissingFileError, did_you_mean
 from nemotune.recipe.schema import Recipe, Source
@@ -33,7 +34,10 @@ def iter_rows(source: Source) -> Iterator[Row]:
 
 
 def require_sources(recipe: Recipe) -> None:
-    """Raise what `iter_rows` would for sources on this machine whose files are not there or of no kind that is read; nothing is opened."""
+    """Raise what `iter_rows` would for sources on this machine whose files are not there or of no kind that is read; no rows are read."""
+    if recipe.data.format == "megatron":
+        require_files(recipe.data)
+        return
     for source in (recipe.data.train, recipe.data.validation, recipe.data.test):
         if isinstance(source, Source):
             for file in _local_files(source) or ():

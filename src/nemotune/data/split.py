@@ -34,6 +34,8 @@ class Document:
 class Split:
     """Documents, packs and rows of `directory/<name>.*`, read on use; `split[i]` is a Document, `len(split)` counts documents."""
 
+    in_order = False  # the loader shuffles the packs
+
     def __init__(self, directory: Path, name: str) -> None:
         self.directory, self.name = Path(directory), name
         self._documents = _Table(self.directory / f"{name}.documents.arrow")

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from nemotune.data.megatron.blend import read_blends
 from nemotune.data.prepare import Prepared
 from nemotune.data.split import Split
 from nemotune.data.template import Renderer
@@ -50,7 +51,8 @@ def check_recipe(recipe: Recipe) -> None:
         for task in tasks
         if data.format not in FORMATS.get(task, (data.format,))
     ]
-    if tasks and not (data.test or data.validation):
+    blend_holds_out = data.format == "megatron" and len(read_blends(data)) > 1
+    if tasks and not (data.test or data.validation or blend_holds_out):
         problems.append(
             f"evaluate.tasks: got {', '.join(tasks)}, and no held-out rows to ask: set data.test=0.02 or give it rows of its own, "
             "or evaluate.tasks=[] for no evaluation"

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from nemotune.recipe.blend import of_a_blend
 from nemotune.recipe.deadline import stop_time
 
 Format = Literal["medmcqa", "fiqa", "glaive", "squad", "chat", "text", "megatron"]
@@ -83,7 +84,7 @@ class Data(Section):
     thinking: bool = False
     sequence_length: PositiveInt = 4096
     overflow: Literal["drop", "truncate", "split", "error"] = "drop"  # split: long text into several documents
-    packing: bool = True
+    packing: bool | Literal["concatenated"] = True  # concatenated: of a blend, one stream cut into rows, without borders
     train_on: Literal["assistant", "all"] = "assistant"
 
     @model_validator(mode="after")
@@ -249,7 +250,11 @@ class Recipe(Section):
             problems.append(
                 f"model.offload: got '{self.model.offload}', expected none for method: {self.method} (only LoRA leaves experts frozen)"
             )
-        if self.data.overflow == "split" and self.data.format != "text":
+        if self.data.format == "megatron":
+            problems += of_a_blend(self.data, self.train)
+        elif self.data.packing == "concatenated":
+            problems.append(f"data.packing: got 'concatenated', expected true or false for data.format: {self.data.format}")
+        if self.data.overflow == "split" and self.data.format not in ("text", "megatron"):
             problems.append(
                 f"data.overflow: got 'split', expected drop, truncate or error for data.format: {self.data.format} (an answer would lose its question)"
             )
@@ -264,7 +269,7 @@ class Recipe(Section):
                 problems.append(f"train.{key}: got {got:g}, expected 0 for method: lora (routers stay frozen)")
         if self.train.early_stopping and not self.train.eval_every:
             problems.append("train.early_stopping: needs train.eval_every, since it counts evaluations")
-        if self.train.eval_every and self.data.validation is None:
+        if self.train.eval_every and self.data.validation is None and self.data.format != "megatron":  # whose blend file may have a list
             problems.append("train.eval_every: needs data.validation (a share such as 0.02, or rows of its own)")
         if problems:
             raise ValueError("; ".join(problems))

@@ -15,7 +15,6 @@ from nemotune.recipe.schema import Parallel, Recipe
 
 __all__ = ["LIMITS", "Limit", "check", "refused"]
 
-_DATA = ("run", "data", "plan", "train", "eval")
 _MODEL = ("run", "plan", "train", "eval")
 _TRAIN = ("run", "plan", "train")
 _EVALUATE = ("run", "eval")
@@ -44,9 +43,6 @@ def _more_than_one_process(parallel: Parallel) -> bool:
 
 
 LIMITS = (
-    Limit(
-        "data.format", "megatron (.bin/.idx blends)", "data.format=text with the documents as JSON lines", _DATA, lambda v: v == "megatron"
-    ),
     Limit("train.compile", "torch.compile", "train.compile=false", _TRAIN, bool),
     Limit(
         "parallel", "more than one process", "parallel={}, one process, with train.global_batch_size kept", _TRAIN, _more_than_one_process
