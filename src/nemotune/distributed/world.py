@@ -106,6 +106,14 @@ class World:
             dist.all_reduce(values, group=self.group(*axes))
         return values
 
+    def any(self, said: bool) -> bool:
+        """Whether any process says so."""
+        if self.size == 1:
+            return said
+        flag = torch.tensor(int(said), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
     def agree(self, value: Any) -> Any:
         """What rank 0 has, for everyone."""
         if self.size == 1:

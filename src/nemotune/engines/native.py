@@ -5,14 +5,18 @@ LoRA leaves `adapter/`, full tuning and pretraining leave `model/`, each with th
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from nemotune.data.prepare import Prepared
 from nemotune.data.template import Renderer
+from nemotune.distributed import World, arrange, connect, divide
+from nemotune.distributed.world import ALONE
 from nemotune.errors import UnsupportedError
 from nemotune.files import read_json, staged_directory, write_json
 from nemotune.lora import apply_lora, coverage, save_adapter
@@ -26,19 +30,25 @@ GENERATION_FILE = "generation_config.json"
 
 
 def train(
-    recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, console: Console, deadline: Deadline | None = None
-) -> TrainResult:
-    """Train as `recipe` says, until `deadline` at most, and save the outcome in `run_dir`."""
+    recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, console: Console, deadline: Deadline | None = None,
+    world: World = ALONE,
+) -> TrainResult:  # fmt: skip
+    """Train as `recipe` says, until `deadline` at most, and save the outcome in `run_dir`. Every process of `world` calls it."""
     tokenizer, settings = conversation(recipe)  # first: what is wrong with them is told before the training, not after it
     seed = recipe.train.seed
     with out_of_memory_is_readable(recipe):
-        model = load_base(recipe, trainable=recipe.method != "lora", random_seed=seed if recipe.model.weights == "random" else None)
+        random_seed = seed if recipe.model.weights == "random" else None
+        model = load_base(recipe, trainable=recipe.method != "lora", random_seed=random_seed, world=world)
         keys = apply_lora(model, recipe.lora, seed=seed) if recipe.method == "lora" else None
-        write_json(run_dir / "coverage.json", coverage(model).to_json())
+        if world.is_first:
+            write_json(run_dir / "coverage.json", coverage(model).to_json())
+        connect(model, world, keys)
         result = run_training(
             model, recipe, train=prepared.train, validation=prepared.validation, run_dir=run_dir, keys=keys, resume=resume, console=console,
-            deadline=deadline,
+            deadline=deadline, world=world,
         )  # fmt: skip
+    if not world.is_first:
+        return result
     with staged_directory(run_dir / trained_name(recipe), overwrite=True) as aside:
         for note in save_trained(model, recipe, aside):
             console.print(f"[yellow]{note}")
@@ -62,13 +72,14 @@ def require_device(recipe: Recipe) -> None:
         raise UnsupportedError("\n".join(problems))
 
 
-def load_base(recipe: Recipe, *, trainable: bool = False, random_seed: int | None = None) -> CausalLM:
-    """The base as `recipe.model` says, where it computes. Raises what `require_device` does."""
+def load_base(recipe: Recipe, *, trainable: bool = False, random_seed: int | None = None, world: World = ALONE) -> CausalLM:
+    """The base as `recipe.model` says, where it computes; what this process of `world` holds of it. Raises what `require_device` does."""
     require_device(recipe)
     base = recipe.model
     return load_model(
         base.path, dtype=base.dtype, revision=base.revision, device=default_device(), quantization=base.quantization, offload=base.offload,
-        trainable=trainable, random_seed=random_seed,
+        trainable=trainable, random_seed=random_seed, arrange=partial(arrange, world=world),
+        ready=partial(divide, world=world, compute_dtype=getattr(torch, base.dtype)),
     )  # fmt: skip
 
 
@@ -99,6 +110,4 @@ def conversation(recipe: Recipe) -> tuple[PreTrainedTokenizerFast, dict[str, Any
 
 def default_device() -> str:
     """The GPU where there is one."""
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"

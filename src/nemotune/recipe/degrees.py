@@ -62,10 +62,9 @@ class Degrees:
 
 def _resolved(parallel: Parallel, world_size: int) -> Degrees:
     """As asked, whether or not it fits."""
-    asked = {axis: getattr(parallel, axis) for axis in (*AXES, "expert")}
-    if asked["data"] == "auto":
-        asked["data"] = max(1, world_size // math.prod(asked[axis] for axis in AXES if axis != "data"))
-    return Degrees(**asked)
+    p = parallel
+    data = max(1, world_size // (p.pipeline * p.shard * p.context * p.tensor)) if p.data == "auto" else p.data
+    return Degrees(pipeline=p.pipeline, data=data, shard=p.shard, context=p.context, tensor=p.tensor, expert=p.expert)
 
 
 def _nearest(parallel: Parallel, world_size: int) -> str:

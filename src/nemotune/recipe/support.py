@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemotune.errors import UnsupportedError
-from nemotune.recipe.schema import Parallel, Recipe
+from nemotune.recipe.schema import Recipe
 
 __all__ = ["LIMITS", "Limit", "check", "refused"]
 
@@ -38,15 +38,8 @@ class Limit:
         return found
 
 
-def _more_than_one_process(parallel: Parallel) -> bool:
-    return any(degree != "auto" and degree > 1 for degree in dict(parallel).values())
-
-
 LIMITS = (
     Limit("train.compile", "torch.compile", "train.compile=false", _TRAIN, bool),
-    Limit(
-        "parallel", "more than one process", "parallel={}, one process, with train.global_batch_size kept", _TRAIN, _more_than_one_process
-    ),
     Limit("engine.name", "trl, unsloth, automodel, megatron", "engine.name=native", _TRAIN, lambda v: v != "native"),
     Limit("engine.python", "an engine's own interpreter", "engine.python=null", _TRAIN, lambda v: v is not None),
     Limit("evaluate.tasks", "semantic_similarity", "evaluate.tasks=[perplexity]", _EVALUATE, lambda v: "semantic_similarity" in v),

@@ -91,8 +91,11 @@ class Loop:
         return self.progress.has_waited(self.recipe.train.early_stopping)
 
     def goes_on(self) -> bool:
-        """Whether there is another step, and time for it."""
-        return self.progress.step < self.total_steps and not self.has_stopped_early and self.deadline.leaves_time(**self._next_step())
+        """Whether there is another step, and every process has time for it."""
+        if self.is_at_last or self.has_stopped_early:
+            return False
+        self.deadline.has_stopped = self.world.any(not self.deadline.leaves_time(**self._next_step()))
+        return not self.deadline.has_stopped
 
     def take_step(self) -> Step:
         """Forward, backward, checks and update. Raises TrainingError before anything is updated with what is dead or not finite."""

@@ -89,7 +89,7 @@ def test_misspelt_verb_suggests_the_nearest(command: Command, typed: str, meant:
         (["plan", "none.yaml"], ["recipe: no file 'none.yaml' here"]),
         (["train", "quickstart", "train.epochs=x", "lora.rnk=1"], ["lora.rnk: unknown key. Did you mean 'rank'?", "train.epochs: got 'x', expected"]),
         (["run", "glaive-nano-4b", "export.gguf=[q4_k_m]"], ["export.gguf: not built yet: f16"]),
-        (["run", "medmcqa-nano-30b"], ["parallel: not built yet: more than one process"]),
+        (["plan", "quickstart", "parallel.nproc=3", "parallel.data=2"], ["parallel: got pipeline=1 x data=2"]),
     ],
 )  # fmt: skip
 def test_mistake_is_one_readable_block(command: Command, words: list[str], lines: list[str]) -> None:
@@ -152,7 +152,7 @@ def test_recipes_list_names_every_recipe_and_what_it_waits_for(command: Command)
     done = command("recipes", "list")
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
     assert all(name in rows for name in builtin_names())
-    assert "runs today" in rows["quickstart"] and "parallel" in rows["medmcqa-nano-30b"]
+    assert "runs today" in rows["quickstart"] and "evaluate.tasks" in rows["fiqa-nano-8b"]
 
 
 def test_recipes_show_prints_what_is_written_or_resolved(command: Command) -> None:
