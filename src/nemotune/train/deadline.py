@@ -6,6 +6,8 @@ longest that was measured, and a margin for what was not. How a recipe names the
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -39,6 +41,22 @@ class Deadline:
         if at is not None and at <= clock():
             raise RecipeError(f"train.deadline: got {text}, which is past; name a later time, or a duration such as train.deadline=11h30m")
         return cls(at, clock=clock)
+
+    @contextmanager
+    def comes_with(self, number: signal.Signals) -> Iterator[None]:
+        """While the block lasts, a signal to this process is the deadline: what is at hand is finished and saved, and the run ends."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python has handlers in the main thread alone
+            return
+        before = signal.signal(number, lambda *_: self.come())
+        try:
+            yield
+        finally:
+            signal.signal(number, before)
+
+    def come(self) -> None:
+        """Be now, at the latest."""
+        self.at = self.clock() if self.at is None else min(self.at, self.clock())
 
     @contextmanager
     def watch(self, part: str) -> Iterator[None]:

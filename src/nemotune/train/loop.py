@@ -161,7 +161,9 @@ class Loop:
         """Judge, record and save what the deadline ended. Raises TrainingError where it left no time for a first step."""
         step = self.progress.step
         if step == 0:
-            raise TrainingError("train.deadline: no time is left for a first step; name a later time, then start again with --overwrite")
+            raise TrainingError(
+                "train.deadline: no time is left for a first step (or SIGTERM came before it); name a later time, then start again with --overwrite"
+            )
         if self.liveness.steps:
             self.liveness.judge()
         self.metrics.write("deadline", step, seconds_left=self.deadline.seconds_left(), **self.deadline.reckon(**self._next_step()))

@@ -6,6 +6,7 @@ functions of its number, so a resumed run continues the very trace of an uninter
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,7 +64,8 @@ def run(
 ) -> TrainResult:
     """Train the parameters of `model` that require gradients; leaves metrics and checkpoints in `run_dir`.
 
-    Each process of `world` calls it with what it holds of the model; the first one writes. With `resume`, goes on from the newest whole checkpoint. Before `deadline` it stops after a step like any other, with a checkpoint.
+    Each process of `world` calls it with what it holds of the model; the first one writes. With `resume`, goes on from the newest whole
+    checkpoint. Before `deadline`, or on SIGTERM to any process, all stop after a step like any other, with a checkpoint.
     Raises TrainingError for dead or non-finite gradients, divergence, and tensors that are not held as promised.
     """
     settings = recipe.train
@@ -88,12 +90,13 @@ def run(
     metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step, silent=not world.is_first)
     held_out = Validation(model, validation, recipe, metrics=metrics, last_step=total_steps, world=world)
     held_out.begin(step=progress.step, console=console)
+    balance = Balance.of(model, settings, total=lambda summed: world.sum(summed, *TOKENS))
     loop = Loop(
         model, recipe, loader=loader, total_steps=total_steps, parameters=parameters, optimizer=optimizer, checkpoints=checkpoints,
-        progress=progress, metrics=metrics, held_out=held_out, deadline=deadline, keys=keys, balance=Balance.of(model, settings, total=lambda summed: world.sum(summed, *TOKENS)),
-        gradients=gradients, world=world, console=console,
+        progress=progress, metrics=metrics, held_out=held_out, deadline=deadline, keys=keys, balance=balance, gradients=gradients,
+        world=world, console=console,
     )  # fmt: skip
-    with StepBar(console, total=total_steps, done=progress.step) as bar:
+    with deadline.comes_with(signal.SIGTERM), StepBar(console, total=total_steps, done=progress.step) as bar:
         while loop.goes_on():
             step = loop.take_step()
             loop.record(step, bar)

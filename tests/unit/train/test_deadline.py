@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -167,6 +170,22 @@ def test_a_run_resumed_after_its_deadline_equals_one_without(train, clock, tmp_p
     assert all(torch.equal(tensor, trained(resumed)[name]) for name, tensor in trained(whole).items())
     states = [json.loads((tmp_path / name / "checkpoints" / "step_000012" / "trainer.json").read_text()) for name in ("run", "whole")]
     assert states[0] == states[1]
+
+
+def test_sigterm_ends_a_run_as_a_deadline_does(train, tmp_path):
+    whole, _ = train(*SETTINGS, name="whole")
+    handler = signal.getsignal(signal.SIGTERM)
+    micro_batches = itertools.count(1)
+
+    def terminated_in_step_3(model, inputs):
+        if model.training and next(micro_batches) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    _, cut = train(*SETTINGS, doctor=lambda model: model.register_forward_pre_hook(terminated_in_step_3))
+    assert (cut.steps, cut.ended) == (3, "stopped at the deadline") and signal.getsignal(signal.SIGTERM) == handler
+    assert Checkpoints(tmp_path / "run", keep=2).latest().name == "step_000003"
+    resumed, _ = train(*SETTINGS, resume=True)
+    assert all(torch.equal(tensor, trained(resumed)[name]) for name, tensor in trained(whole).items())
 
 
 def test_the_best_weights_are_kept_and_the_last_go_on(train, clock, tmp_path):
