@@ -32,6 +32,7 @@ from nemotune.ops.kernels import Kernels, kernels
 from nemotune.plan.cost import OPTIMIZER_BYTES
 from nemotune.recipe import Data, Lora, Train, load
 from nemotune.train import deadline, health, run
+from nemotune.train.balance import Balance
 from nemotune.train.experts import load_row
 from nemotune.train.metrics import read_metrics
 from nemotune.train.schedule import DECAYS
@@ -200,9 +201,12 @@ def test_columns_of_the_metrics_are_told(tmp_path):
     assert set(evaluated) == {"kind", "step", "loss", "perplexity"}
 
 
-def test_what_is_recorded_of_experts_is_told():
+def test_what_is_recorded_of_experts_is_told(tmp_path):
     [layer] = load_row({"1": [2, 0]}, {"1": [1, 1]})["layers"].values()
     assert columns(TRAINING, "of a layer | meaning") == list(layer)
+    make("hybrid").save_pretrained(tmp_path)
+    balance = Balance(load_model(tmp_path, dtype="float32", trainable=True), rate=1e-3, coef=1e-4)
+    assert columns(TRAINING, "column of a balanced run | meaning") == list(balance.step())
 
 
 def test_what_a_deadline_reckons_with_is_told():

@@ -18,6 +18,7 @@ from nemotune.models.offload import BUFFERS, expert_blocks
 from nemotune.models.quantize import quantize_modules
 from nemotune.plan.activations import Activations
 from nemotune.recipe import Recipe
+from nemotune.train.balance import require_experts
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # two moments per trained parameter (8-bit: plus 4 bytes per block of 256)
 
@@ -51,8 +52,12 @@ class Cost:
 
 
 def estimate(recipe: Recipe, *, device: str = "cuda") -> Cost:
-    """The cost of `recipe` on a GPU, or on the CPU. Needs config.json alone; raises RecipeError for LoRA targets that match nothing."""
+    """The cost of `recipe` on a GPU, or on the CPU. Needs config.json alone.
+
+    Raises RecipeError for LoRA targets that match nothing and for routers to balance that are not there.
+    """
     model = build_model(read_config(locate(recipe.model.path, recipe.model.revision, weights=False)))
+    require_experts(model, recipe.train)
     if recipe.model.quantization == "nf4":
         quantize_modules(model, device="meta")
     model.requires_grad_(recipe.method != "lora")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from random_models import make
 
+from nemotune.errors import RecipeError
 from nemotune.lora import apply_lora
 from nemotune.models import load_model
 from nemotune.models.offload import expert_blocks
@@ -117,3 +118,10 @@ def test_a_config_is_enough_and_its_faults_are_told(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="model_type"):
         estimate(recipe(tmp_path))
+
+
+def test_routers_to_balance_that_are_not_there_are_refused_from_the_config(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    asked = recipe(tmp_path, method="full", train={"router_aux_loss_coef": 1e-4})
+    with pytest.raises(RecipeError, match=r"train.router_aux_loss_coef: got 0.0001, expected 0: this llama has no experts"):
+        estimate(asked)
