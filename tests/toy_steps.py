@@ -22,8 +22,8 @@ from nemotune.recipe.degrees import Degrees
 from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.step import accumulate, update, validation_loss
 
-LENGTHS = [9, 14, 6, 21, 8, 11, 5, 17, 13]
-PACKS = [[0, 3], [1, 2, 4], [5], [7, 6], [8]]  # five rows: a step of four, and one of a single row
+LENGTHS = (9, 14, 6, 21, 8, 11, 5, 17, 13)
+PACKS = ((0, 3), (1, 2, 4), (5,), (7, 6), (8,))  # five rows: a step of four, and one of a single row
 TARGETS = {
     "nemotron_h": ("attention", "mamba", "mlp", "shared_experts", "experts", "out_proj"),
     "llama": ("attention", "mlp"),
@@ -42,7 +42,11 @@ class Case:
     learning_rate: float = 0.05
     global_batch_size: int = 4
     checkpointing: str = "none"
+    dtype: str = "float32"
+    targets: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
+    lengths: tuple[int, ...] = LENGTHS
+    packs: tuple[tuple[int, ...], ...] = PACKS
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,14 @@ def take_steps(case: Case, world: World | None = None) -> Trace:
     world = world or World()
     model = load_model(
         case.directory,
-        dtype="float32",
+        dtype=case.dtype,
         trainable=case.method != "lora",
         arrange=partial(arrange, world=world),
-        ready=partial(divide, world=world, compute_dtype=torch.float32),
+        ready=partial(divide, world=world, compute_dtype=getattr(torch, case.dtype)),
     )
     keys = None
     if case.method == "lora":
-        lora = Lora(rank=4, alpha=8, dropout=case.dropout, targets=TARGETS[model.family], **dict(case.options))
+        lora = Lora(rank=4, alpha=8, dropout=case.dropout, targets=case.targets or TARGETS[model.family], **dict(case.options))
         keys = apply_lora(model, lora)
         _move_from_zero(model)
     connect(model, world, keys)
@@ -78,8 +82,8 @@ def take_steps(case: Case, world: World | None = None) -> Trace:
     layouts = layouts_of(model)
     gradients = Gradients(parameters, layouts, replicas=replicas(model), world=world)
     kind = torch.optim.SGD if case.optimizer == "sgd" else torch.optim.AdamW
-    optimizer = kind(parameters.values(), lr=case.learning_rate, foreach=False)
-    split, hand = ToySplit(LENGTHS, packs=PACKS), (world.index(*BATCHES), world.degree(*BATCHES))
+    optimizer = kind([{"params": list(parameters.values())}], lr=case.learning_rate, foreach=False)
+    split, hand = ToySplit(case.lengths, packs=case.packs), (world.index(*BATCHES), world.degree(*BATCHES))
     loader = Loader(split, global_batch_size=case.global_batch_size, micro_batch_size=1, seed=0, hand=hand)
     losses, norms, first = [], [], {}
     for step in range(case.steps):

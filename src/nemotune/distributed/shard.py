@@ -1,8 +1,8 @@
 """Weights divided along the `shard` axis by FSDP2: gathered for a block's forward and backward, gone in between.
 
-Divided are the matrices of linear layers, experts and embeddings, which are cast to their input's dtype when they are used: they travel in the
-compute dtype, and their gradients are added up in fp32. What is small and fp32 (norms, router, convolution, A_log, D, dt_bias) stays whole,
-as do adapters, whose gradients are added once per step, and the head, which the loss uses in parts.
+Divided are the matrices of linear layers, experts, embeddings and head. Those of blocks are cast to their input's dtype when they are used, so
+they travel in it; gradients are added up in fp32. What is small and fp32 (norms, router, convolution, A_log, D, dt_bias) stays whole,
+as do adapters, whose gradients are added once per step, and embeddings that are the head's too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from nemotune.distributed.world import World
 from nemotune.models import CausalLM
@@ -18,24 +18,38 @@ from nemotune.models.base import Head
 from nemotune.models.layers import Embedding, GroupedLinear, Linear
 
 
-def divide(module: nn.Module, world: World, *, compute_dtype: torch.dtype) -> None:
-    """Divide the matrices of `module`, which holds its values, over the shard axis; nothing where that has one rank."""
+def divide(module: nn.Module, world: World, *, compute_dtype: torch.dtype | None = None) -> None:
+    """Divide the matrices of `module`, which holds its values, over the shard axis; nothing where that has one rank.
+
+    They are gathered in `compute_dtype`, or in their own.
+    """
     mesh = _mesh(world)
     if mesh is None:
         return
     kept = set(module.parameters()) - _matrices(module, with_experts=world.degrees.expert == 1)
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    _sum(fully_shard(module, mesh=mesh, ignored_params=kept, mp_policy=policy))
+    _sum(fully_shard(module, mesh=mesh, ignored_params=kept, mp_policy=_policy(compute_dtype)))
 
 
 def connect(model: CausalLM, world: World) -> None:
-    """Divide the embeddings, and let the blocks gather one another's weights ahead of time."""
+    """Divide embeddings and head but where they are one tensor, and let the blocks gather one another's weights ahead of time.
+
+    Both are gathered as they are held, since many tokens add to one row's gradient. The head is gathered with the model's own forward,
+    stays until the loss is known, and is divided again in the backward.
+    """
     mesh = _mesh(world)
     if mesh is None:
         return
-    if isinstance(model.embeddings, Embedding) and model.embeddings.weight is not getattr(model.lm_head, "weight", None):
-        divide(model.embeddings, world, compute_dtype=model.compute_dtype)
-    _sum(fully_shard(model, mesh=mesh, ignored_params=set(model.parameters())))
+    kept = set(model.parameters())
+    if not model.config.tie_word_embeddings:
+        if isinstance(model.embeddings, Embedding):
+            divide(model.embeddings, world)
+        kept -= {module.weight for module in model.lm_head.modules() if isinstance(module, Head)}
+    _sum(fully_shard(model, mesh=mesh, ignored_params=kept, mp_policy=_policy(None)))
+    register_fsdp_forward_method(model, "loss")
+
+
+def _policy(compute_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def _mesh(world: World) -> DeviceMesh | None:
