@@ -28,7 +28,7 @@ from nemotune.ops.attention import varlen_attention
 from nemotune.ops.conv import causal_conv1d
 from nemotune.ops.cross_entropy import IGNORE, linear_cross_entropy
 from nemotune.ops.documents import Documents
-from nemotune.ops.experts import Routing, combine, dispatch, sorted_rows
+from nemotune.ops.experts import Routing, dispatch
 from nemotune.ops.grouped import grouped_linear
 from nemotune.ops.norm import gated_group_rms_norm, rms_norm
 from nemotune.ops.ssd import ssd
@@ -177,8 +177,8 @@ def experts(data: Data) -> Iterator[Case]:
 
     def call() -> Tensor:
         sent = dispatch(routing, s.n_routed_experts)
-        h = F.relu(grouped_linear(sorted_rows(x, sent), up, sent.ends_E)).square()
-        return combine(grouped_linear(h, down, sent.ends_E), sent)
+        h = F.relu(grouped_linear(sent.sorted_rows(x), up, sent.ends_E)).square()
+        return sent.combine(grouped_linear(h, down, sent.ends_E))
 
     flops = 8 * s.tokens * s.num_experts_per_tok * s.hidden_size * s.moe_intermediate_size  # two products, both ways, frozen weights
     yield Case("experts", call, lambda: module(x, routing.experts_TK, routing.weights_TK), [x], flops)

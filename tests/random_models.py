@@ -31,9 +31,10 @@ VARIANTS = {
 }
 
 
-def make(variant: str):
-    """A random transformers model of the variant; wide enough initial values that every part of it matters."""
+def make(variant: str, **more: object):
+    """A random transformers model of the variant, `more` of its config changed; wide enough initial values that every part of it matters."""
     family, changes = VARIANTS[variant]
+    changes = {**changes, **more}
     torch.manual_seed(0)
     if family == "llama":
         model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **changes}))

@@ -17,7 +17,7 @@ from nemotune.ops import ssd as ssd_module
 from nemotune.ops.attention import attention_per_document, has_flash, varlen_attention, varlen_attention_ref
 from nemotune.ops.conv import causal_conv1d, causal_conv1d_ref
 from nemotune.ops.documents import Documents
-from nemotune.ops.experts import Routing, combine, dispatch, sorted_rows
+from nemotune.ops.experts import Routing, dispatch
 from nemotune.ops.grouped import grouped_linear
 from nemotune.ops.kernels import uses_triton, why_not_triton
 from nemotune.ops.norm import gated_group_rms_norm, rms_norm
@@ -102,7 +102,7 @@ def experts_of(x, weights, up, down):
     sent = dispatch(
         Routing(torch.rand(400, 32, generator=torch.Generator().manual_seed(4)).topk(6).indices.sort(-1).values.to(x.device), weights), 32
     )
-    return combine(grouped_linear(grouped_linear(sorted_rows(x, sent), up, sent.ends_E).relu().square(), down, sent.ends_E), sent)
+    return sent.combine(grouped_linear(grouped_linear(sent.sorted_rows(x), up, sent.ends_E).relu().square(), down, sent.ends_E))
 
 
 def test_experts_repeat_to_the_bit_and_equal_the_cpus():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nemotune.distributed import shard
+from nemotune.distributed import experts, shard
 from nemotune.distributed.world import World
 from nemotune.lora import DropoutKeys
 from nemotune.lora.layers import LoRALayer
@@ -20,10 +20,14 @@ from nemotune.weights import Layout
 
 def arrange(model: CausalLM, world: World) -> None:
     """Shrink the empty `model` to what this process holds; `model.layouts` says which parts."""
+    if world.degrees.expert > 1:
+        experts.arrange(model, world)
 
 
 def connect(model: CausalLM, world: World, keys: DropoutKeys | None) -> None:
     """Let the processes' parts of the loaded, adapted `model` compute together; `keys` are those of its adapters."""
+    if world.degrees.expert > 1:
+        experts.connect(model, world)
     shard.connect(model, world)  # last: it gathers what the others have swapped
 
 

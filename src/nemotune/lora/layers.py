@@ -138,8 +138,13 @@ class DoRALinear(LoRALinear):
 class LoRAExperts(LoRALayer):
     """LoRA on one projection of all experts: A [E, rank, in] and B [E, out, rank], two more grouped products."""
 
+    @property
+    def first_expert(self) -> int:
+        """Where those that this process holds begin among all of the layer."""
+        return self.base.part.ranges[0][0][0] if self.base.part else 0
+
     def forward(self, x_MI: Tensor, sent: Dispatch) -> Tensor:
-        dropped_MI = self._drop(x_MI, expert_keys(self.keys.of_tokens, sent)) if self.drops else x_MI
+        dropped_MI = self._drop(x_MI, expert_keys(self.keys.of_tokens, sent, self.first_expert)) if self.drops else x_MI
         low_MR = grouped_linear(dropped_MI, self.lora_A, sent.ends_E) * self.scale
         return self.base(x_MI, sent) + grouped_linear(low_MR, self.lora_B, sent.ends_E)
 
@@ -164,9 +169,9 @@ class LoRAEmbedding(LoRALayer):
         return torch.addmm(y_TD.float(), low_TR, self.lora_embedding_B.T, alpha=self.scale).to(y_TD.dtype)
 
 
-def expert_keys(keys_T: Tensor, sent: Dispatch) -> Tensor:
-    """A key per row sorted by expert: its token's, told apart by the expert."""
-    return mix(keys_T[sent.tokens_M] + (sent.experts_M + 1) * GOLDEN)
+def expert_keys(keys_T: Tensor, sent: Dispatch, first_expert: int = 0) -> Tensor:
+    """A key per row sorted by expert: its token's, told apart by the expert; those that are here begin at `first_expert`."""
+    return mix(sent.of_tokens(keys_T) + (first_expert + sent.experts_M + 1) * GOLDEN)
 
 
 def scale(lora: Lora) -> float:

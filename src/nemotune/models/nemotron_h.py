@@ -19,7 +19,7 @@ from nemotune.models.config import NemotronHConfig
 from nemotune.models.layers import AttentionCore, Embedding, GroupedLinear, Linear, RMSNorm
 from nemotune.ops.conv import causal_conv1d, causal_conv1d_step, conv_state
 from nemotune.ops.documents import Documents
-from nemotune.ops.experts import Dispatch, Routing, combine, dispatch, route, sorted_rows
+from nemotune.ops.experts import Dispatch, Routing, dispatch, route
 from nemotune.ops.norm import gated_group_rms_norm
 from nemotune.ops.ssd import ssd
 from nemotune.ops.ssd_ref import ssd_step
@@ -252,8 +252,8 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         sent = self.dispatch(routing)
-        h_MF = F.relu(self.up_proj(sorted_rows(x_TD, sent), sent)).square()
-        return combine(self.down_proj(h_MF, sent), sent)
+        h_MF = F.relu(self.up_proj(sent.sorted_rows(x_TD), sent)).square()
+        return sent.combine(self.down_proj(h_MF, sent))
 
 
 class Dispatcher(nn.Module):

@@ -61,6 +61,7 @@ class NF4GroupedLinear(GroupedLinear, _Quantized):
     def __init__(self, plain: GroupedLinear, device: torch.device | str | None = None):
         nn.Module.__init__(self)
         self.num_experts, self.in_features, self.out_features = plain.num_experts, plain.in_features, plain.out_features
+        self.part = plain.part
         self.hold((self.num_experts, self.out_features, self.in_features), device)
 
     def forward(self, x_MI: Tensor, sent: Dispatch) -> Tensor:

@@ -62,6 +62,21 @@ class Dispatch:
     rows_TK: Tensor  # the sorted rows of each token, in the order of its experts
     weights_TK: Tensor  # fp32
 
+    def sorted_rows(self, x_TD: Tensor) -> Tensor:
+        """Each token's row once per expert that it goes to, sorted by expert: [M, D]."""
+        return _Spread.apply(x_TD, self.tokens_M, self.rows_TK)
+
+    def of_tokens(self, values_T: Tensor) -> Tensor:
+        """For each sorted row its token's value; without a gradient."""
+        return values_T[self.tokens_M]
+
+    def combine(self, y_MD: Tensor) -> Tensor:
+        """Weigh the experts' outputs and add them up per token: [T, D] in the dtype of y.
+
+        The sum is fp32, over a token's experts in the order of `rows_TK` (rising, as `route` gives them): the same bits every time.
+        """
+        return _Combine.apply(y_MD, self.weights_TK, self.rows_TK)
+
 
 def dispatch(routing: Routing, num_experts: int) -> Dispatch:
     """The sorted order for a grouped matrix product; M = T * top_k."""
@@ -75,19 +90,6 @@ def dispatch(routing: Routing, num_experts: int) -> Dispatch:
         rows_TK=rows_M.view_as(routing.experts_TK),
         weights_TK=routing.weights_TK,
     )
-
-
-def sorted_rows(x_TD: Tensor, sent: Dispatch) -> Tensor:
-    """Each token's row once per expert that it goes to, sorted by expert: [M, D]."""
-    return _Spread.apply(x_TD, sent.tokens_M, sent.rows_TK)
-
-
-def combine(y_MD: Tensor, sent: Dispatch) -> Tensor:
-    """Weigh the experts' outputs and add them up per token: [T, D] in the dtype of y.
-
-    The sum is fp32, over a token's experts in the order of `rows_TK` (rising, as `route` gives them): the same bits every time.
-    """
-    return _Combine.apply(y_MD, sent.weights_TK, sent.rows_TK)
 
 
 class _Spread(torch.autograd.Function):
@@ -132,7 +134,7 @@ def _sum_per_token(y_MD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = No
 
 
 def experts_ref(x_TD: Tensor, up_EFD: Tensor, down_EDF: Tensor, routing: Routing) -> Tensor:
-    """relu^2 experts as the definition reads, token by token: the reference for dispatch, sorted_rows, grouped.grouped_linear and combine."""
+    """relu^2 experts as the definition reads, token by token: the reference for dispatch and grouped.grouped_linear."""
     y_TD = torch.zeros_like(x_TD)
     for t in range(x_TD.shape[0]):
         for e, w in zip(routing.experts_TK[t].tolist(), routing.weights_TK[t], strict=True):

@@ -9,7 +9,7 @@ from random_models import make
 from nemotune.models import llama, load_model
 from nemotune.models.base import Head
 from nemotune.ops.cross_entropy import linear_cross_entropy
-from nemotune.ops.experts import Routing, combine, dispatch, route
+from nemotune.ops.experts import Routing, dispatch, route
 from nemotune.ops.rope import rope_frequencies
 
 
@@ -68,7 +68,7 @@ def test_router_scores_are_fp32_whatever_the_input():
 def test_experts_are_summed_in_fp32():
     routing = Routing(torch.arange(1001)[None], torch.full((1, 1001), 0.1))
     y = torch.ones(1001, 4).bfloat16()
-    assert combine(y, dispatch(routing, 1001))[0, 0].item() == pytest.approx(100.1, rel=2**-8)  # bf16 sums stop growing long before
+    assert dispatch(routing, 1001).combine(y)[0, 0].item() == pytest.approx(100.1, rel=2**-8)  # bf16 sums stop growing long before
 
 
 def test_the_loss_is_fp32_on_bf16_logits():

@@ -12,7 +12,7 @@ from nemotune.ops.attention import attention_step, varlen_attention, varlen_atte
 from nemotune.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step, conv_state
 from nemotune.ops.cross_entropy import linear_cross_entropy
 from nemotune.ops.documents import Documents
-from nemotune.ops.experts import Routing, combine, dispatch, experts_ref, route, sorted_rows
+from nemotune.ops.experts import Routing, dispatch, experts_ref, route
 from nemotune.ops.grouped import grouped_linear
 from nemotune.ops.norm import gated_group_rms_norm, gated_group_rms_norm_ref, rms_norm
 from nemotune.ops.ssd import ssd
@@ -163,8 +163,8 @@ def test_grouped_experts_equal_one_token_at_a_time(chosen):
     inputs = x, up, down = leaves((3, 8), (5, 6, 8), (5, 8, 6))
     routing = Routing(torch.tensor(chosen), torch.rand(3, 2, generator=torch.Generator().manual_seed(1)))
     sent = dispatch(routing, 5)
-    hidden = grouped_linear(sorted_rows(x, sent), up, sent.ends_E).relu().square()
-    assert_same(combine(grouped_linear(hidden, down, sent.ends_E), sent), experts_ref(x, up, down, routing), inputs)
+    hidden = grouped_linear(sent.sorted_rows(x), up, sent.ends_E).relu().square()
+    assert_same(sent.combine(grouped_linear(hidden, down, sent.ends_E)), experts_ref(x, up, down, routing), inputs)
 
 
 def test_router_chooses_by_bias_and_weighs_by_score():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nemotune.ops import grouped
-from nemotune.ops.experts import Routing, combine, dispatch, route, sorted_rows
+from nemotune.ops.experts import Routing, dispatch, route
 from nemotune.ops.grouped import grouped_linear
 
 ENDS = torch.tensor([3, 3, 10, 16, 16], dtype=torch.int32)  # the second and the last of five experts have no rows
@@ -83,7 +83,7 @@ def test_a_row_is_sent_and_combined_without_waiting_for_the_device():
     up, down = torch.empty(6, 24, 16, device="meta"), torch.empty(6, 16, 24, device="meta", requires_grad=True)
     weight, bias = torch.empty(6, 16, device="meta"), torch.empty(6, device="meta")
     sent = dispatch(route(x, weight, bias, top_k=2, num_groups=3, top_groups=2, normalize=True, scale=2.5), 6)
-    y = combine(grouped_linear(grouped_linear(sorted_rows(x, sent), up, sent.ends_E), down, sent.ends_E), sent)
+    y = sent.combine(grouped_linear(grouped_linear(sent.sorted_rows(x), up, sent.ends_E), down, sent.ends_E))
     y.sum().backward()
     assert x.grad.shape == x.shape and down.grad.shape == down.shape
 
@@ -99,20 +99,20 @@ def test_a_token_adds_up_its_experts_in_their_order():
     """In fp32, (2^30 + 1) - 2^30 is 0 and (2^30 - 2^30) + 1 is 1."""
     sent = dispatch(Routing(torch.tensor([[0, 1, 2], [0, 2, 1]]), torch.ones(2, 3)), 3)
     y = torch.tensor([2.0**30, 2.0**30, 1.0, 1.0, -(2.0**30), -(2.0**30)]).unsqueeze(1)  # sorted by expert, then by token
-    assert combine(y, sent).flatten().tolist() == [0.0, 1.0]
+    assert sent.combine(y).flatten().tolist() == [0.0, 1.0]
 
 
 def test_the_gradient_of_a_token_sent_to_many_experts_is_summed_in_fp32():
     sent = dispatch(Routing(torch.arange(1024)[None], torch.ones(1, 1024)), 1024)
     x = torch.zeros(1, 4, dtype=torch.bfloat16, requires_grad=True)
-    sorted_rows(x, sent).backward(torch.ones(1024, 4, dtype=torch.bfloat16))
+    sent.sorted_rows(x).backward(torch.ones(1024, 4, dtype=torch.bfloat16))
     assert x.grad.tolist() == [[1024.0] * 4]  # sums in bf16 end at 256
 
 
 def test_the_gradient_of_the_weights_is_the_fp32_product_of_bf16_rows():
     sent = dispatch(Routing(torch.tensor([[0, 1]]), torch.ones(1, 2).requires_grad_()), 2)
     y, grad = drawn(2, 512, seed=1, dtype=torch.bfloat16), drawn(1, 512, seed=2, dtype=torch.bfloat16).detach()
-    combine(y, sent).backward(grad)
+    sent.combine(y).backward(grad)
     exact = (y.double() * grad.double()).sum(-1)
     assert (sent.weights_TK.grad - exact).abs().max() < 512**0.5 * 2**-24 * 10
 
@@ -122,7 +122,7 @@ def test_a_token_has_the_same_bits_in_any_company():
         x_TD = x[rows].clone().requires_grad_()
         weights = routing.weights_TK[rows].clone().requires_grad_()
         sent = dispatch(Routing(routing.experts_TK[rows], weights), 6)
-        out = combine(sorted_rows(x_TD, sent), sent)
+        out = sent.combine(sent.sorted_rows(x_TD))
         return out, *torch.autograd.grad(out, [x_TD, weights], x[rows].cos())
 
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)).bfloat16()

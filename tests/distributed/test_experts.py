@@ -1,0 +1,90 @@
+"""Experts divided among processes train as those of one do, whoever gets how many tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import in_processes
+from random_models import make
+from toy_steps import Case, assert_same, take_steps, traces, whole
+
+from nemotune.distributed import World, arrange, connect, layouts_of
+from nemotune.lora import apply_lora
+from nemotune.models import load_model
+from nemotune.ops.documents import Documents
+from nemotune.recipe import Lora
+from nemotune.recipe.degrees import Degrees
+
+TWO = [Degrees(data=2, expert=2)]
+FOUR = [Degrees(data=4, expert=2), Degrees(data=4, expert=4), Degrees(data=2, shard=2, expert=4)]
+
+
+def skewed():
+    """All tokens choose the first two experts, which lie in one process."""
+    model = make("hybrid", n_routed_experts=8)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            tensor[:2] += 50
+    return model
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> dict[str, Case]:
+    directory = tmp_path_factory.mktemp("models")
+    models = {
+        "plain": make("hybrid", n_routed_experts=8),
+        "latent": make("latent", n_routed_experts=8, hybrid_override_pattern="EM*-E"),
+        "skewed": skewed(),
+    }
+    for name, model in models.items():
+        model.save_pretrained(directory / name)
+    return {
+        "adapters": Case(directory / "plain"),
+        "dropout": Case(directory / "plain", dropout=0.3, steps=2),
+        "all of it": Case(directory / "plain", method="full"),
+        "latent": Case(directory / "latent", dropout=0.3, steps=3),
+        "latent, all of it": Case(directory / "latent", method="full", steps=3),
+        "skewed": Case(directory / "skewed", dropout=0.3, steps=3),
+        "skewed, all of it": Case(directory / "skewed", method="full", steps=3),
+        "computed again": Case(directory / "plain", method="full", steps=2, checkpointing="full"),
+        "computed again in part": Case(directory / "plain", dropout=0.3, steps=2, checkpointing="selective"),
+        "skewed and computed again": Case(directory / "skewed", dropout=0.3, steps=2, checkpointing="full"),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(cases):
+    return {name: take_steps(case) for name, case in cases.items()}
+
+
+def test_two_processes_with_half_of_the_experts_train_as_one(cases, alone):
+    found, in_four_bits = in_processes(2, work_of_two, cases)
+    for (name, _), trace in found.items():
+        assert_same(trace, alone[name])
+    expected = adapted_in_four_bits(cases["latent"].directory, World())
+    for mine, theirs in zip(in_four_bits, expected, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def work_of_two(cases):
+    return traces(cases, TWO), adapted_in_four_bits(cases["latent"].directory, World(TWO[0], rank=dist.get_rank()))
+
+
+def adapted_in_four_bits(directory, world):
+    """The hidden states of a row, and the gradients of the adapters of experts, whole."""
+    model = load_model(directory, dtype="float32", quantization="nf4", arrange=partial(arrange, world=world))
+    keys = apply_lora(model, Lora(rank=4, targets=("experts",)))
+    connect(model, world, keys)
+    hidden_TD = model(torch.arange(30) * 7 % 96, Documents(torch.tensor([0, 12, 30], dtype=torch.int32), torch.device("cpu")))
+    hidden_TD.square().sum().backward()
+    parts = {name: p.grad / world.size for name, p in model.named_parameters() if p.requires_grad}  # all saw the same row
+    return [hidden_TD.detach(), *whole(parts, layouts_of(model), world).values()]
+
+
+def test_four_processes_with_experts_in_pairs_and_apart_train_as_one(cases, alone):
+    chosen = {name: cases[name] for name in ("dropout", "latent, all of it", "skewed", "skewed and computed again")}
+    for (name, _), trace in in_processes(4, traces, chosen, FOUR).items():
+        assert_same(trace, alone[name])
