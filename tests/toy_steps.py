@@ -17,9 +17,10 @@ from nemotune.distributed.gradients import local
 from nemotune.distributed.world import BATCHES
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
-from nemotune.recipe import Lora
+from nemotune.recipe import Lora, Train
 from nemotune.recipe.degrees import Degrees
 from nemotune.train.activation import set_activation_checkpointing
+from nemotune.train.optim import make_optimizer
 from nemotune.train.step import accumulate, update, validation_loss
 
 LENGTHS = (9, 14, 6, 21, 8, 11, 5, 17, 13)
@@ -81,8 +82,10 @@ def take_steps(case: Case, world: World | None = None) -> Trace:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     layouts = layouts_of(model)
     gradients = Gradients(parameters, layouts, replicas=replicas(model), world=world)
-    kind = torch.optim.SGD if case.optimizer == "sgd" else torch.optim.AdamW
-    optimizer = kind([{"params": list(parameters.values())}], lr=case.learning_rate, foreach=False)
+    if case.optimizer == "sgd":
+        optimizer = torch.optim.SGD([{"params": list(parameters.values())}], lr=case.learning_rate, foreach=False)
+    else:
+        optimizer = make_optimizer(parameters, Train(learning_rate=case.learning_rate, weight_decay=0.1))
     split, hand = ToySplit(case.lengths, packs=case.packs), (world.index(*BATCHES), world.degree(*BATCHES))
     loader = Loader(split, global_batch_size=case.global_batch_size, micro_batch_size=1, seed=0, hand=hand)
     losses, norms, first = [], [], {}

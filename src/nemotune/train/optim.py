@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from nemotune.errors import UnsupportedError
@@ -27,11 +28,12 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], train: Train, *, plus
 
     Raises UnsupportedError where its library is missing.
     """
-    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    kinds: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, p in parameters.items():
-        kinds.setdefault((not _is_decayed(name, p), plus_ratio is not None and name.endswith(FASTER)), []).append(p)
+        is_divided = isinstance(p, DTensor)  # by FSDP: one fused call takes no mixture
+        kinds.setdefault((not _is_decayed(name, p), plus_ratio is not None and name.endswith(FASTER), is_divided), []).append(p)
     groups: list[dict[str, Any]] = []
-    for (plain, faster), held in sorted(kinds.items()):
+    for (plain, faster, _), held in sorted(kinds.items()) or [((True, False, False), [])]:  # a pipeline stage may train nothing
         ratio = {"lr_ratio": plus_ratio} if faster else {}
         groups.append({"params": held, "weight_decay": 0.0 if plain else train.weight_decay, **ratio})
     if train.optimizer == "adamw":
