@@ -20,7 +20,7 @@ from nemotune.workflow import processes
 
 __all__ = ["guarded", "main"]
 
-VERBS = ("run", "data", "plan", "train", "eval", "merge", "report", "recipes", "doctor")
+VERBS = ("run", "data", "plan", "train", "launch", "eval", "merge", "report", "recipes", "doctor")
 MODULES = {"eval": "evaluate"}  # where the verb's name is one of Python's own
 
 

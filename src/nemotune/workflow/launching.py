@@ -36,8 +36,13 @@ def train(recipe: Recipe, prepared: Prepared, *, run_dir: Path, resume: bool, co
         launch_dir = Path(folder)
         write_json(launch_dir / "launch.json", {"deadline": deadline.at})
         words = ["train", str(run_dir.absolute()), *["--resume"] * resume, *["--debug"] * ("--debug" in sys.argv)]
-        start(["-m", "nemotune", *words], nproc=recipe.parallel.nproc, launch_dir=launch_dir, console=console)
-        result = TrainResult(**read_json(launch_dir / "result.json", remedy="no process said how the training ended; --debug shows all"))
+        outcome = launch_dir / "result.json"
+        try:
+            start(["-m", "nemotune", *words], nproc=recipe.parallel.nproc, launch_dir=launch_dir, console=console)
+        except SystemExit as stop:
+            if stop.code != 128 + signal.SIGTERM or not outcome.is_file():  # else they have saved what they had, and ended
+                raise
+        result = TrainResult(**read_json(outcome, remedy="no process said how the training ended; --debug shows all"))
     deadline.has_stopped = result.ended == "stopped at the deadline"
     return result
 

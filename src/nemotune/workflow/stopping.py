@@ -5,7 +5,6 @@ A file reaches every process of a training on every machine, and needs no proces
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ class Stoppable(Deadline):
 
     def leaves_time(self, *, checkpoint_bytes: float, validation_steps: float) -> bool:
         if self.file.exists():
-            self.at = min(self.clock(), math.inf if self.at is None else self.at)
+            self.come()
         return super().leaves_time(checkpoint_bytes=checkpoint_bytes, validation_steps=validation_steps)
 
     def seconds_left(self) -> float:
