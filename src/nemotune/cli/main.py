@@ -20,8 +20,8 @@ from nemotune.workflow import processes
 
 __all__ = ["guarded", "main"]
 
-VERBS = ("run", "data", "plan", "train", "launch", "eval", "merge", "report", "recipes", "doctor")
-MODULES = {"eval": "evaluate"}  # where the verb's name is one of Python's own
+VERBS = ("run", "data", "data index", "plan", "train", "launch", "eval", "merge", "report", "recipes", "doctor")
+MODULES = {"eval": "evaluate", "data index": "index"}  # where the verb's name is none for a module
 
 
 class Verbs(TyperGroup):
@@ -38,6 +38,8 @@ class Verbs(TyperGroup):
         return command
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if (two := " ".join(args[:2])) in VERBS:  # `data index`, where `data` takes a recipe
+            return super().resolve_command(ctx, [two, *args[2:]])
         verb = args[0]
         if verb not in VERBS and not verb.startswith("-"):
             if verb == "finetune":

@@ -5,6 +5,7 @@ An unreadable file is a DataError that names it, and the line where the file has
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
@@ -175,3 +176,17 @@ def _broken(file: Path, line: int, problem: str) -> DataError:
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".arrow": _arrow, ".txt": _txt,
 }  # fmt: skip
+
+
+def count_rows_of(file: Path) -> int:
+    """How many rows the file's reader gives, without parsing them where that can be told; of .jsonl the lines, blank ones too."""
+    if file.suffix.lower() == ".jsonl":
+        with file.open("rb") as lines:
+            return sum(1 for _ in lines)
+    if file.suffix.lower() == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with contextlib.suppress(pa.ArrowException, OSError):  # the reader says what is wrong
+            return pq.read_metadata(file).num_rows
+    return sum(1 for _ in READERS[file.suffix.lower()](file))

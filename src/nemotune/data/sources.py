@@ -12,7 +12,7 @@ from typing import Any
 
 from nemotune import assets
 from nemotune.data.megatron.blend import require_files
-from nemotune.data.readers import READERS, without_nested_nulls
+from nemotune.data.readers import READERS, count_rows_of, without_nested_nulls
 from nemotune.errors import DataError, MissingFileError, did_you_mean
 from nemotune.recipe.schema import Recipe, Source
 
@@ -42,6 +42,18 @@ def require_sources(recipe: Recipe) -> None:
         if isinstance(source, Source):
             for file in _local_files(source) or ():
                 _suffix(file)
+
+
+def count_rows(source: Source) -> int | None:
+    """How many rows `iter_rows` will give, blank lines counted too; None for a hub set. Raises MissingFileError, DataError."""
+    files = _local_files(source)
+    return None if files is None else sum(count_rows_of(file) for file in files if _suffix(file))
+
+
+def size_of(source: Source) -> int | None:
+    """The bytes of its files; None for a hub set. Raises MissingFileError, DataError."""
+    files = _local_files(source)
+    return None if files is None else sum(file.stat().st_size for file in files)
 
 
 def _local_files(source: Source) -> list[Path] | None:

@@ -47,8 +47,8 @@ def test_what_a_killed_preparation_left_is_removed_by_the_next(tmp_path):
 ORPHANED = """
 import multiprocessing, os, signal
 from concurrent.futures import ProcessPoolExecutor
-from nemotune.data import tokenise
-pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=tokenise._start, initargs=(None,))
+from nemotune.data import workers
+pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=workers._start, initargs=(None,))
 print(pool.submit(os.getpid).result(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
