@@ -23,6 +23,7 @@ VARIANTS = {
     "grouped_router": ("nemotron_h", dict(hybrid_override_pattern="EMEE", n_group=3, topk_group=2)),
     "unnormalised_router": ("nemotron_h", dict(hybrid_override_pattern="ME", norm_topk_prob=False)),
     "latent": ("nemotron_h", dict(hybrid_override_pattern="ME*E", moe_latent_size=16)),
+    "four_ways": ("nemotron_h", dict(hybrid_override_pattern="ME*-E", moe_latent_size=16, mamba_num_heads=8, n_groups=4)),
     "no_conv_bias": ("nemotron_h", dict(hybrid_override_pattern="M*", use_conv_bias=False)),
     "llama": ("llama", {}),
     "llama_plain_rope": ("llama", dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0})),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nemotune.distributed import experts, shard
+from nemotune.distributed import experts, regions, shard, tensor
 from nemotune.distributed.world import World
 from nemotune.lora import DropoutKeys
 from nemotune.lora.layers import LoRALayer
@@ -20,12 +20,14 @@ from nemotune.weights import Layout
 
 def arrange(model: CausalLM, world: World) -> None:
     """Shrink the empty `model` to what this process holds; `model.layouts` says which parts."""
+    tensor.arrange(model, world)
     if world.degrees.expert > 1:
         experts.arrange(model, world)
 
 
 def connect(model: CausalLM, world: World, keys: DropoutKeys | None) -> None:
     """Let the processes' parts of the loaded, adapted `model` compute together; `keys` are those of its adapters."""
+    regions.connect(model, world)
     if world.degrees.expert > 1:
         experts.connect(model, world)
     shard.connect(model, world)  # last: it gathers what the others have swapped
@@ -40,15 +42,16 @@ def layouts_of(model: CausalLM) -> dict[str, Layout]:
         for which, layout in layer.layouts().items()
     }
     found = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        layout = adapters.get(name) or model.layout(name.replace(".base.", "."), tensor)
-        found[name] = _rows_of_fsdp(tensor, layout) if isinstance(tensor, DTensor) else layout
+    for name, held in [*model.named_parameters(), *model.named_buffers()]:
+        layout = adapters.get(name) or model.layout(name.replace(".base.", "."), held)
+        found[name] = _rows_of_fsdp(held, layout) if isinstance(held, DTensor) else layout
     return found
 
 
 def replicas(model: CausalLM) -> set[str]:
     """Parameters whose gradient every tensor rank computes whole: those outside of the tensor-parallel regions."""
-    return {name for name, _ in model.named_parameters()}
+    within = tuple(f"{name}." for name in regions.regions(model))
+    return {name for name, _ in model.named_parameters() if not name.startswith(within)}
 
 
 def _rows_of_fsdp(tensor: DTensor, layout: Layout) -> Layout:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nemotune.models.cache import Cache, KVState, MambaState
 from nemotune.models.config import LlamaConfig, NemotronHConfig
 from nemotune.models.layers import Linear
-from nemotune.ops.cross_entropy import linear_cross_entropy
+from nemotune.ops.cross_entropy import SoftmaxLoss, linear_cross_entropy, softmax_loss
 from nemotune.ops.documents import Documents
 from nemotune.weights import Checkpoint, Layout, Stack
 
@@ -48,6 +48,7 @@ class CausalLM(nn.Module, ABC):
         super().__init__()
         self.compute_dtype = torch.float32
         self.run_block: Callable[..., Tensor] = run_plainly
+        self.softmax_loss: SoftmaxLoss = softmax_loss
         self.source: Checkpoint | None = None  # where the weights came from: names, dtypes and unused tensors are written back from it
         self.layouts: dict[str, Layout] = {}  # of the tensors that this process holds in part
         self.directory: Path | None = None  # config, tokenizer and template beside the weights
@@ -107,7 +108,7 @@ class CausalLM(nn.Module, ABC):
         `targets_T` best lies on the CPU: nothing waits for a device then.
         """
         chunk_tokens = max(1, LOGITS_PER_CHUNK[hidden_TD.device.type == "cuda"] // self.config.vocab_size)
-        return linear_cross_entropy(self.lm_head, hidden_TD, targets_T, chunk_tokens=chunk_tokens)
+        return linear_cross_entropy(self.lm_head, hidden_TD, targets_T, chunk_tokens=chunk_tokens, loss=self.softmax_loss)
 
     def row_loss(self, tokens_T: Tensor, documents: Documents, targets_T: Tensor) -> Tensor:
         """`loss` of a row from its tokens, in one call."""

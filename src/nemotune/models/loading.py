@@ -26,7 +26,7 @@ from nemotune.models.locate import locate
 from nemotune.models.nemotron_h import NemotronH
 from nemotune.models.offload import expert_weights, offload_experts
 from nemotune.models.quantize import quantize_modules
-from nemotune.weights import Checkpoint
+from nemotune.weights import Checkpoint, Layout
 from nemotune.weights.mapping import Piece, pieces_of
 
 FAMILIES: dict[type, type[CausalLM]] = {NemotronHConfig: NemotronH, LlamaConfig: Llama}
@@ -160,9 +160,17 @@ def _stored(name: str, tensor: Tensor, model: CausalLM) -> Iterator[tuple[int | 
     layout = model.layout(name, tensor)
     for piece in pieces_of(name, layout.shape, model.stacks):
         if piece.index is None:
-            yield None, layout.take(model.source.read(name_on_disk(piece, model)))
+            yield None, _read(model.source, name_on_disk(piece, model), layout)
         elif (place := layout.place_of(piece.index)) is not None:
-            yield place, layout.of_row().take(model.source.read(name_on_disk(piece, model)))
+            yield place, _read(model.source, name_on_disk(piece, model), layout.of_row())
+
+
+def _read(source: Checkpoint, name: str, layout: Layout) -> Tensor:
+    """That part of a tensor on disk; of its rows only those are read."""
+    if layout.is_whole:
+        return source.read(name)
+    rows = torch.cat([source.read_rows(name, start, stop) for start, stop in layout.ranges[0]])
+    return Layout(tuple(rows.shape), (((0, len(rows)),), *layout.ranges[1:])).take(rows)
 
 
 def _drawn(name: str, tensor: Tensor, model: CausalLM, seed: int) -> Iterator[tuple[None, Tensor]]:

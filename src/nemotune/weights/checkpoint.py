@@ -68,13 +68,17 @@ class Checkpoint:
         info = self.tensors[name]
         return self._values(info, 0, info.num_bytes).view(info.shape)
 
-    def slices(self, name: str, num_rows: int) -> Iterator[torch.Tensor]:
-        """The tensor called `name`, so many of its rows at a time: only those are in memory."""
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Its rows `start` to `stop` along dim 0; nothing else of it is read."""
         info = self.tensors[name]
         row_bytes = info.num_bytes // info.shape[0]
-        for start in range(0, info.shape[0], num_rows):
-            rows = min(num_rows, info.shape[0] - start)
-            yield self._values(info, start * row_bytes, rows * row_bytes).view(rows, *info.shape[1:])
+        return self._values(info, start * row_bytes, (stop - start) * row_bytes).view(stop - start, *info.shape[1:])
+
+    def slices(self, name: str, num_rows: int) -> Iterator[torch.Tensor]:
+        """The tensor called `name`, so many of its rows at a time: only those are in memory."""
+        end = self.tensors[name].shape[0]
+        for start in range(0, end, num_rows):
+            yield self.read_rows(name, start, min(start + num_rows, end))
 
     def _values(self, info: TensorInfo, first: int, num_bytes: int) -> torch.Tensor:
         """So many bytes of the tensor as its values, read into memory of their own: pages of a mapped file count as the process's until it is closed."""
