@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from toy_model import Parrot
 
@@ -17,6 +18,7 @@ from nemotune.lora.targets import Coverage, CoverageRow
 from nemotune.models import load_tokenizer
 from nemotune.plan import environment
 from nemotune.recipe import dump, load
+from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.metrics import Metrics
 
 # Of a run that takes seconds.
@@ -89,11 +91,10 @@ def _write_metrics(run_dir: Path, *, steps: int) -> None:
 
 
 def leave_checkpoint(run_dir):
-    """What a resume looks for, and nothing in it."""
-    whole = run_dir / "checkpoints" / "step_000002"
-    whole.mkdir(parents=True)
-    for name in ("trainer.json", ".metadata"):
-        (whole / name).touch()
+    """A checkpoint that a resume finds, of a layer that nobody has."""
+    layer = torch.nn.Linear(1, 1)
+    with Checkpoints(run_dir, keep=1) as checkpoints:
+        checkpoints.save(layer, torch.optim.SGD(layer.parameters()), Progress(step=2))
 
 
 def options(run_dir, **changed):

@@ -17,14 +17,14 @@ from typing import Any
 
 from nemotune.errors import ConflictError, DataError, DiskFullError, MissingFileError
 
-__all__ = ["atomic_file", "disk_full_is_readable", "read_json", "require_space", "staged_directory", "write_json"]
+__all__ = ["atomic_file", "disk_full_is_readable", "partial_path", "read_json", "require_space", "staged_directory", "write_json"]
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes the place of `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
+    aside = partial_path(path)
     try:
         with disk_full_is_readable(path):
             yield aside
@@ -47,7 +47,7 @@ def staged_directory(target: Path, *, overwrite: bool = False, needed_bytes: int
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     require_space(target.parent, needed_bytes)
-    aside = target.with_name(f".{target.name}.partial")
+    aside = partial_path(target)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
@@ -62,6 +62,11 @@ def staged_directory(target: Path, *, overwrite: bool = False, needed_bytes: int
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()  # only where nothing came of it: a directory in use is not empty
+
+
+def partial_path(target: Path) -> Path:
+    """The name under which `target` is written."""
+    return target.with_name(f".{target.name}.partial")
 
 
 def require_space(directory: Path, needed_bytes: int) -> None:

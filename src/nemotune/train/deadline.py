@@ -1,7 +1,7 @@
 """The time by which a run must have ended, and whether another step still fits before it.
 
 What comes after the last step is reckoned as three checkpoints (writing one, reading the best one back, saving the outcome), by the
-longest that was measured, and a margin for what was not. How a recipe names the time is in recipe/deadline.py.
+longest that was measured, and a margin for what was not; one that is being written beside the steps is a fourth. How a recipe names the time is in recipe/deadline.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Deadline:
         self.has_stopped = False  # whether it has ended a training
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self._longest: dict[str, float] = {}
+        self._begun: dict[str, float] = {}  # what goes on beside the steps
 
     @classmethod
     def of(cls, recipe: Recipe, *, started: float | None = None, clock: Callable[[], float] = time.time) -> Deadline:
@@ -60,14 +61,17 @@ class Deadline:
 
     @contextmanager
     def watch(self, part: str) -> Iterator[None]:
-        """Measure a `step`, a `validation` or a `checkpoint`."""
-        started = self.clock()
-        yield
-        seconds = self.clock() - started
-        if part == "step":
-            self._steps.append(seconds)
-        else:
-            self._longest[part] = max(seconds, self._longest.get(part, 0.0))
+        """Measure a `step`, a `validation` or a `checkpoint`, which another thread may end."""
+        self._begun[part] = started = self.clock()
+        try:
+            yield
+            seconds = self.clock() - started
+            if part == "step":
+                self._steps.append(seconds)
+            else:
+                self._longest[part] = max(seconds, self._longest.get(part, 0.0))
+        finally:
+            del self._begun[part]
 
     def reckon(self, *, checkpoint_bytes: float, validation_steps: float) -> dict[str, float]:
         """Seconds that a step, the validation after it and the end of the run may take; what was not measured is estimated.
@@ -77,8 +81,10 @@ class Deadline:
         """
         step = max(self._steps, default=0.0)
         validation = self._longest.get("validation", validation_steps * step) if validation_steps else 0.0
-        checkpoint = self._longest.get("checkpoint", checkpoint_bytes / BYTES_PER_SECOND)
-        return {"step_seconds": step, "validation_seconds": validation, "end_seconds": CHECKPOINTS_AT_THE_END * checkpoint + self.margin}
+        checkpoint, count = self._longest.get("checkpoint", checkpoint_bytes / BYTES_PER_SECOND), CHECKPOINTS_AT_THE_END
+        if (begun := self._begun.get("checkpoint")) is not None:  # one is being written, and is waited for
+            checkpoint, count = max(checkpoint, self.clock() - begun), count + 1
+        return {"step_seconds": step, "validation_seconds": validation, "end_seconds": count * checkpoint + self.margin}
 
     def leaves_time(self, *, checkpoint_bytes: float, validation_steps: float) -> bool:
         """Whether another step fits, with what follows it. Once it says no, `has_come` says yes."""

@@ -91,7 +91,8 @@ class Loop:
         return self.progress.has_waited(self.recipe.train.early_stopping)
 
     def goes_on(self) -> bool:
-        """Whether there is another step, and every process has time for it."""
+        """Whether there is another step, and every process has time for it. Raises what went wrong with the last checkpoint."""
+        self.checkpoints.check()
         if self.is_at_last or self.has_stopped_early:
             return False
         self.deadline.has_stopped = self.world.any(not self.deadline.leaves_time(**self._next_step()))
@@ -192,5 +193,4 @@ class Loop:
 
     def _save(self) -> None:
         self.metrics.sync()
-        with self.deadline.watch("checkpoint"):
-            self.checkpoints.save(self.model, self.optimizer, self.progress)
+        self.checkpoints.save(self.model, self.optimizer, self.progress, during=self.deadline.watch("checkpoint"))

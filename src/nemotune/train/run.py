@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.markup import escape
 from torch.optim import Optimizer
 
 from nemotune.data.loader import Loader
@@ -76,12 +77,13 @@ def run(
     )  # fmt: skip
     total_steps = count_steps(loader.steps_per_epoch, recipe)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gradients = Gradients(parameters, layouts_of(model), replicas=replicas(model), world=world)
+    layouts = layouts_of(model)
+    gradients = Gradients(parameters, layouts, replicas=replicas(model), world=world)
     optimizer = make_optimizer(parameters, settings, plus_ratio=recipe.lora.plus_ratio)
     if said := describe(optimizer):
         console.print(said)
     set_activation_checkpointing(model, settings.activation_checkpointing)
-    checkpoints = Checkpoints(run_dir, keep=settings.keep_checkpoints)
+    checkpoints = Checkpoints(run_dir, keep=settings.keep_checkpoints, layouts=layouts, world=world)
     progress = _resume(model, optimizer, checkpoints, console=console) if resume else Progress()
     console.print(audit_precision(model, optimizer, recipe), highlight=False, soft_wrap=True)
     console.print(str(kernels(model.device, model.compute_dtype, model.config.head_dim)), highlight=False, soft_wrap=True, markup=False)
@@ -90,13 +92,13 @@ def run(
     metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step, silent=not world.is_first)
     held_out = Validation(model, validation, recipe, metrics=metrics, last_step=total_steps, world=world)
     held_out.begin(step=progress.step, console=console)
-    balance = Balance.of(model, settings, total=lambda summed: world.sum(summed, *TOKENS))
+    balance = Balance.of(model, settings, total=lambda summed: world.sum(summed, "pipeline", *TOKENS))
     loop = Loop(
         model, recipe, loader=loader, total_steps=total_steps, parameters=parameters, optimizer=optimizer, checkpoints=checkpoints,
         progress=progress, metrics=metrics, held_out=held_out, deadline=deadline, keys=keys, balance=balance, gradients=gradients,
         world=world, console=console,
     )  # fmt: skip
-    with deadline.comes_with(signal.SIGTERM), StepBar(console, total=total_steps, done=progress.step) as bar:
+    with checkpoints, deadline.comes_with(signal.SIGTERM), StepBar(console, total=total_steps, done=progress.step) as bar:
         while loop.goes_on():
             step = loop.take_step()
             loop.record(step, bar)
@@ -120,8 +122,8 @@ def count_steps(steps_per_epoch: int, recipe: Recipe) -> int:
 
 
 def _resume(model: CausalLM, optimizer: Optimizer, checkpoints: Checkpoints, *, console: Console) -> Progress:
-    """Restore the newest checkpoint; where it knows of a best one that is not there, the best counts anew."""
-    newest = checkpoints.latest()
+    """Restore the newest whole checkpoint; where it knows of a best one that is not there, the best counts anew."""
+    newest = checkpoints.latest(warn=lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True))
     if newest is None:
         return Progress()
     progress = checkpoints.load(newest, model, optimizer)

@@ -1,123 +1,141 @@
-"""Trained parameters and optimiser in a directory of torch.distributed.checkpoint files, which are data and never run as code.
+"""What a checkpoint holds of a run, and which process writes which part of it: trained parameters, correction biases, the optimiser's state.
 
-Left to itself DCP unpickles `.metadata`, and every entry that is no tensor, whatever they name. Here `.metadata` may name the classes that
-DCP writes into it and nothing else, and the entries are read with weights_only, as DCP reads tensors. What is trusted is torch: those
-classes, and its reader of tensors. Which directories are checkpoints is in `checkpoint.py`.
+Everything goes by the names and places that it has in one process, so it is read under any layout. Moments lie as their parameter does.
+What groups of the optimiser say (rate, decay) is not kept: it follows from the recipe and the number of the step.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
-import pickle
-import warnings
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._nested_dict import set_element
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nemotune.distributed.gradients import local
 from nemotune.errors import CheckpointError
 from nemotune.models import CausalLM
 from nemotune.models.nemotron_h import Router
+from nemotune.train.storage import Block, read_blocks
+from nemotune.weights import Layout
 
-METADATA = ".metadata"  # DCP writes it last
-TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
-WRITTEN_BY_DCP = {
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorStorageMetadata", "ChunkStorageMetadata",
-        "TensorProperties", "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
-    "torch.serialization": ("_get_layout",),
-    "pathlib": ("PosixPath",),
-    "pathlib._local": ("PosixPath",),  # Python 3.13
-}  # fmt: skip
+Place = tuple[int, ...]
 
 
-def save_state(model: CausalLM, optimizer: Optimizer, directory: Path) -> None:
-    """Write what is trained, the correction biases of trained routers, and the optimiser's state."""
-    try:
-        with _quiet():
-            dcp.save(_state(model, optimizer), checkpoint_id=str(directory), no_dist=True)
-    except dcp.api.CheckpointException as error:  # it wraps each process's own error: here there is one
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, RuntimeError) and "inline_container" in str(cause):  # torch's zip writer hides that the disk is full
-            raise OSError(errno.ENOSPC, str(cause)) from error
-        raise cause from error
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the state as this process holds it, and how it holds the parameter that it belongs to. `put` takes back a copy."""
+
+    name: str
+    values: Tensor
+    layout: Layout
+    parameter: str
+    of_parameter: Layout
+    put: Callable[[Tensor], None] | None = None
+
+    def blocks(self) -> Iterator[tuple[Place, Block]]:
+        """Views of what is held, each with the block of the parameter that it goes with: the first, where it lies otherwise."""
+        if self.layout.is_whole:
+            yield (0,) * len(self.of_parameter.shape), Block(self.name, self.layout.shape, (0,) * len(self.layout.shape), self.values)
+            return
+        for box in self.layout.boxes():
+            if math.prod(box.size):
+                yield box.whole, Block(self.name, self.layout.shape, box.whole, box.of_part(self.values))
 
 
-def load_state(model: CausalLM, optimizer: Optimizer, directory: Path) -> None:
-    """Give model and optimiser what `directory` holds. Raises CheckpointError where it is damaged, of another run or no mere data."""
-    try:
-        reader, state = _Reader(directory), _state(model, optimizer)
-        with _quiet():
-            dcp.load(state, storage_reader=reader, planner=_Planner(), no_dist=True)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
-    except torch.OutOfMemoryError:
-        raise  # which no other checkpoint mends
-    except (RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
-        raise CheckpointError(str(error).strip().splitlines()[-1]) from error
+def blocks_to_write(model: CausalLM, optimizer: Optimizer, layouts: Mapping[str, Layout], share: Mapping[str, set[Place]]) -> list[Block]:
+    """Of what this process holds the blocks that are its `share`, as views."""
+    entries = _entries(model, optimizer, layouts)
+    return [block for entry in entries for place, block in entry.blocks() if place in share.get(entry.parameter, ())]
 
 
-def load_metadata(directory: Path) -> Metadata:
-    """What DCP wrote of its files. Raises UnpicklingError where it is damaged or names anything but DCP's own classes."""
-    with (directory / METADATA).open("rb") as file:
-        try:
-            found = _Unpickler(file).load()
-        except pickle.UnpicklingError:
-            raise
-        except Exception as error:  # a pickle that was cut off or overwritten may raise anything
-            raise pickle.UnpicklingError(f"{METADATA} is damaged: {error}") from error
-    if not isinstance(found, Metadata):
-        raise pickle.UnpicklingError(f"{METADATA} holds {type(found).__name__}, expected torch's Metadata")
+def shares(held: Sequence[Mapping[str, Layout]]) -> list[dict[str, set[Place]]]:
+    """Of what each rank holds the blocks that it is to write, by where they begin: each block once, as evenly as they allow."""
+    holders: dict[tuple[str, Place, Place], list[int]] = {}
+    for rank, layouts in enumerate(held):
+        for name, layout in layouts.items():
+            for box in layout.boxes():
+                if math.prod(box.size):
+                    holders.setdefault((name, box.whole, box.size), []).append(rank)
+    load, found = [0] * len(held), [dict[str, set[Place]]() for _ in held]
+    for (name, place, size), ranks in holders.items():
+        writer = min(ranks, key=lambda rank: load[rank])
+        load[writer] += math.prod(size)
+        found[writer].setdefault(name, set()).add(place)
     return found
 
 
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader, with the metadata read safely, and before DCP would log an error of its own."""
-
-    def __init__(self, directory: Path):
-        super().__init__(directory)
-        self.metadata = load_metadata(directory)
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.metadata
+def kept_layouts(model: CausalLM, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Of what this process has of the tensors that a checkpoint holds beside the optimiser's; those without a layout are whole."""
+    return {name: layouts.get(name) or Layout.whole(tensor.shape) for name, tensor in _kept(model).items()}
 
 
-class _Planner(dcp.DefaultLoadPlanner):
-    """DCP's planner, but an entry that is no tensor is read with weights_only."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], torch.load(value, weights_only=True))
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in WRITTEN_BY_DCP.get(module, ()):
-            raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}, which torch.distributed.checkpoint does not write")
-        return super().find_class(module, name)
-
-
-def _state(model: CausalLM, optimizer: Optimizer) -> dict[str, Any]:
-    parameters, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    routers = {name for name, module in model.named_modules() if isinstance(module, Router) and module.weight.requires_grad}
-    trained |= {f"{name}.e_score_correction_bias" for name in routers}  # which no optimiser moves, but `balance.py` may
-    return {"model": {name: value for name, value in parameters.items() if name in trained}, "optimizer": moments}
+def load_state(model: CausalLM, optimizer: Optimizer, layouts: Mapping[str, Layout], directory: Path) -> None:
+    """Give model and optimiser what `directory` holds. Raises CheckpointError where it is damaged, of another run or no mere data."""
+    _make_state(optimizer)
+    entries = list(_entries(model, optimizer, layouts))
+    try:
+        read_blocks([block for entry in entries for _, block in entry.blocks()], directory)
+    except torch.OutOfMemoryError:
+        raise  # which no other checkpoint mends
+    except (RuntimeError, ValueError, OSError, KeyError, EOFError) as error:
+        raise CheckpointError(str(error).strip().splitlines()[-1]) from error
+    for entry in entries:
+        if entry.put is not None:
+            entry.put(entry.values)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.distributed.checkpoint warns that it runs in one process: so it is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch.distributed.*")
-        yield
+def _kept(model: CausalLM) -> dict[str, Tensor]:
+    """Trained parameters, and what no optimiser moves but `balance.py` may."""
+    trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router) and module.weight.requires_grad}
+    return trained | {f"{name}.e_score_correction_bias": router.e_score_correction_bias for name, router in routers.items()}
+
+
+def _entries(model: CausalLM, optimizer: Optimizer, layouts: Mapping[str, Layout]) -> Iterator[Entry]:
+    layouts = kept_layouts(model, layouts)
+    for name, tensor in _kept(model).items():
+        yield Entry(f"model.{name}", local(tensor).detach(), layouts[name], name, layouts[name])
+        state = optimizer.state.get(tensor, {}) if isinstance(tensor, nn.Parameter) else {}
+        for key, value in state.items():
+            if value is not None:
+                yield _of_optimizer(f"optimizer.state.{name}.{key}", state, key, name, layouts[name])
+
+
+def _of_optimizer(name: str, state: dict[str, Any], key: str, parameter: str, layout: Layout) -> Entry:
+    """A moment lies as its parameter; a number, and what is not one value for each of the parameter's, is kept whole."""
+    value = state[key]
+    if not isinstance(value, Tensor):
+        put = lambda read: state.update({key: type(value)(read.item())})  # noqa: E731
+        return Entry(name, torch.tensor(value), Layout.whole(()), parameter, layout, put)
+    values = local(value).detach()
+    if tuple(values.shape) == layout.local_shape and (layout.is_whole or values.is_floating_point()):
+        return Entry(name, values, layout, parameter, layout)
+    assert layout.is_whole or values.ndim == 0, f"{name}: {tuple(values.shape)} of a parameter that is held in part"
+    return Entry(name, values, Layout.whole(values.shape), parameter, layout)
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """An optimiser makes its state in its first step: one without gradients and rates, which moves nothing."""
+    if optimizer.state:
+        return
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        _set_rate(group, 0.0)
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        _set_rate(group, rate)
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

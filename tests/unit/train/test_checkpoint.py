@@ -20,8 +20,8 @@ from nemotune.recipe import Lora, Train
 from nemotune.train import state
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.optim import make_optimizer
-from nemotune.train.state import load_metadata
 from nemotune.train.step import accumulate
+from nemotune.train.storage import load_metadata
 
 
 def test_a_checkpoint_of_lora_holds_the_adapters_and_their_moments_alone(hybrid_dir, tmp_path):
@@ -68,21 +68,27 @@ def damaged(error, path):
 def test_metadata_that_would_run_code_are_refused_and_run_none(layer, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(*layer, Progress(step=1))
-    (checkpoints.latest() / ".metadata").write_bytes(pickle.dumps(Command(tmp_path / "run")))
-    with pytest.raises(CheckpointError, match=damaged(r"\.metadata names posix\.mkdir, which .* does not write", checkpoints.latest())):
-        checkpoints.load(checkpoints.latest(), *layer)
+    path = checkpoints.latest()
+    (path / ".metadata").write_bytes(pickle.dumps(Command(tmp_path / "run")))
+    with pytest.raises(CheckpointError, match=damaged(r"\.metadata names posix\.mkdir, which .* does not write", path)):
+        checkpoints.load(path, *layer)
+    with pytest.raises(CheckpointError, match=r"got step_000001 \(\.metadata names posix\.mkdir.*\), none that is whole"):
+        checkpoints.latest()
     assert not (tmp_path / "run").exists()
 
 
 def test_an_entry_that_would_run_code_is_refused_and_runs_none(layer, tmp_path):
+    """In a file of the length that the metadata say."""
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(*layer, Progress(step=1))
-    model, optimizer = layer
-    optimizer.param_groups[0]["lr"] = Command(tmp_path / "run")
-    checkpoints.save(model, optimizer, Progress(step=1))
-    optimizer.param_groups[0]["lr"] = 1e-3
-    with pytest.raises(CheckpointError, match=damaged("", checkpoints.latest())):
-        checkpoints.load(checkpoints.latest(), model, optimizer)
+    path = checkpoints.latest()
+    torch.save(Command(tmp_path / "run"), path / "command")
+    metadata = load_metadata(path)
+    place = next(place for index, place in metadata.storage_data.items() if index.fqn == "model.weight")
+    place.relative_path, place.offset, place.length = "command", 0, (path / "command").stat().st_size
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=damaged("", path)):
+        checkpoints.load(checkpoints.latest(), *layer)
     assert not (tmp_path / "run").exists()
 
 
@@ -109,11 +115,14 @@ def test_a_position_of_another_kind_is_named_and_nothing_is_loaded(layer, tmp_pa
     model, optimizer = layer
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(model, optimizer, Progress(step=1))
-    (checkpoints.latest() / "trainer.json").write_text(content)
+    path = checkpoints.latest()
+    (path / "trainer.json").write_text(content)
     with torch.no_grad():
         model.weight.zero_()
-    with pytest.raises(CheckpointError, match=damaged("", checkpoints.latest())) as error:
-        checkpoints.load(checkpoints.latest(), model, optimizer)
+    with pytest.raises(CheckpointError, match=damaged("", path)) as error:
+        checkpoints.load(path, model, optimizer)
+    with pytest.raises(CheckpointError, match="none that is whole"):
+        checkpoints.latest()
     assert not model.weight.any()
     assert "later_field" not in content or "trainer.json has later_field: another version" in str(error.value)
 
@@ -125,7 +134,7 @@ def test_a_gpu_that_is_too_small_is_no_damage_of_the_checkpoint(layer, tmp_path,
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(state, "set_state_dict", fails)
+    monkeypatch.setattr(state, "read_blocks", fails)
     with pytest.raises(torch.OutOfMemoryError):
         checkpoints.load(checkpoints.latest(), *layer)
 
@@ -144,4 +153,5 @@ def test_the_newest_is_that_of_the_most_steps_whatever_their_digits(layer, tmp_p
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in (999_999, 1_000_000):
         checkpoints.save(*layer, Progress(step=step))
+    checkpoints.wait()
     assert [path.name for path in checkpoints.directory.iterdir()] == ["step_1000000"] == [checkpoints.latest().name]

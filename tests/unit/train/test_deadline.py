@@ -12,7 +12,7 @@ import torch
 from toy_loop import Clock, rows
 
 from nemotune.errors import TrainingError
-from nemotune.train import health
+from nemotune.train import checkpoint, health
 from nemotune.train.checkpoint import Checkpoints
 from nemotune.train.deadline import RECENT_STEPS, Deadline
 
@@ -21,14 +21,19 @@ STEP, VALIDATION, CHECKPOINT = 10.0, 6.0, 4.0
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Checkpoints take CHECKPOINT seconds; `at_work` makes a model's passes take theirs."""
-    clock, save = Clock(1000.0), Checkpoints.save
+    """Checkpoints take CHECKPOINT seconds, which training waits for; `at_work` makes a model's passes take theirs."""
+    clock, save, write = Clock(1000.0), Checkpoints.save, checkpoint.write_blocks
 
-    def save_slowly(*args, **options):
+    def write_slowly(*args, **options):
         clock.now += CHECKPOINT
-        save(*args, **options)
+        write(*args, **options)
 
-    monkeypatch.setattr(Checkpoints, "save", save_slowly)
+    def save_and_wait(self, *args, **options):
+        save(self, *args, **options)
+        self.wait()
+
+    monkeypatch.setattr(checkpoint, "write_blocks", write_slowly)
+    monkeypatch.setattr(Checkpoints, "save", save_and_wait)
     return clock
 
 
@@ -76,6 +81,17 @@ def test_a_step_begins_only_while_it_and_all_that_follows_fit(parts, following, 
     assert deadline.leaves_time(**NEXT | following) and not deadline.has_come()
     clock.now += 0.01
     assert not deadline.leaves_time(**NEXT | following) and deadline.has_come()
+
+
+def test_a_checkpoint_that_is_being_written_is_one_more_to_wait_for():
+    clock = Clock(1000.0)
+    deadline = measured(clock, step=[10], checkpoint=[4])
+    with deadline.watch("checkpoint"):
+        clock.now += 1
+        assert deadline.reckon(**NEXT)["end_seconds"] == 4 * 4 + 5
+        clock.now += 6
+        assert deadline.reckon(**NEXT)["end_seconds"] == 4 * 7 + 5, "it takes longer than any before"
+    assert deadline.reckon(**NEXT)["end_seconds"] == 3 * 7 + 5
 
 
 def test_the_margin_of_a_long_run_is_a_minute():

@@ -168,6 +168,7 @@ def test_the_best_checkpoint_is_kept_and_the_oldest_go(adapted, tmp_path):
         backward(model, keys, step=step)
         update(trainable(model).values(), optimizer, learning_rate=0.01, grad_norm=1.0, max_grad_norm=0.0)
         checkpoints.save(model, optimizer, Progress(step=step, best_loss=2.0, best_step=1))
+    checkpoints.wait()
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == ["step_000001", "step_000003", "step_000004"]
     first = checkpoints.best(Progress(best_step=1))
     assert first.name == "step_000001" and checkpoints.latest().name == "step_000004"
