@@ -7,6 +7,8 @@ as do adapters, whose gradients are added once per step, and embeddings that are
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,8 +45,11 @@ def connect(model: CausalLM, world: World) -> None:
     if not model.config.tie_word_embeddings:
         if isinstance(model.embeddings, Embedding):
             divide(model.embeddings, world)
+            cast(FSDPModule, model.embeddings).set_unshard_in_backward(False)  # a gradient of theirs needs no weight
         kept -= {module.weight for module in model.lm_head.modules() if isinstance(module, Head)}
-    _sum(fully_shard(model, mesh=mesh, ignored_params=kept, mp_policy=_policy(None)))
+    whole = fully_shard(model, mesh=mesh, ignored_params=kept, mp_policy=_policy(None))
+    whole.set_unshard_in_backward(False)  # the loss has taken the head's gradients
+    _sum(whole)
     register_fsdp_forward_method(model, "loss")
 
 
