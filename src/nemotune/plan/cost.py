@@ -19,6 +19,7 @@ from nemotune.models.quantize import quantize_modules
 from nemotune.plan.activations import Activations
 from nemotune.recipe import Recipe
 from nemotune.train.balance import require_experts
+from nemotune.train.flops import Flops
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2}  # two moments per trained parameter (8-bit: plus 4 bytes per block of 256)
 
@@ -29,6 +30,7 @@ class Cost:
 
     Experts that are offloaded are `host_bytes`; of them, `weight_bytes` has the two blocks' that are lent to the device.
     `activation_bytes` estimates what a step's micro batch of `tokens` takes on top, at its peak, and `host_activation_bytes` in host memory.
+    `flops_per_token` are a supervised token's operations, forward and backward, the mean over a document of `document_tokens`.
     """
 
     coverage: Coverage
@@ -40,6 +42,8 @@ class Cost:
     activation_bytes: int
     host_activation_bytes: int
     tokens: int
+    flops_per_token: float
+    document_tokens: int
 
     @property
     def total_bytes(self) -> int:
@@ -65,7 +69,8 @@ def estimate(recipe: Recipe, *, device: str = "cuda") -> Cost:
     if recipe.method == "lora":
         apply_lora(model, recipe.lora)
     trained, covered = sum(p.numel() for p in model.parameters() if p.requires_grad), coverage(model)
-    tokens = recipe.train.micro_batch_size * recipe.data.sequence_length
+    length, flops = recipe.data.sequence_length, Flops.of(model)
+    tokens = recipe.train.micro_batch_size * length
     activations = Activations(
         model, trained=frozenset(row.block_type for row in covered.rows if row.adapted or recipe.method != "lora"),
         mode=recipe.train.activation_checkpointing, width=_width(recipe), device=device,
@@ -80,6 +85,8 @@ def estimate(recipe: Recipe, *, device: str = "cuda") -> Cost:
         activation_bytes=activations.peak_bytes(tokens),
         host_activation_bytes=activations.host_bytes(tokens),
         tokens=tokens,
+        flops_per_token=flops.per_token + flops.per_target + flops.per_pair * (length + 1) / 2,
+        document_tokens=length,
     )
 
 
@@ -124,6 +131,13 @@ def cost_line(cost: Cost) -> str:
         f"Memory before activations: {held}\nA step of up to {cost.tokens:,} tokens at a time takes an estimated "
         f"{decimal(cost.activation_bytes, precision=1)} more on a GPU: {decimal(cost.peak_bytes, precision=1)} at its peak"
         + (f", and {decimal(cost.host_activation_bytes, precision=1)} in host memory" if cost.host_activation_bytes else "")
+    )
+
+
+def flops_line(cost: Cost) -> str:
+    """The operations in GFLOP."""
+    return (
+        f"A supervised token in a document of {cost.document_tokens:,} takes {cost.flops_per_token / 1e9:,.3g} GFLOP, forward and backward"
     )
 
 

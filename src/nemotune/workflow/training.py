@@ -16,7 +16,7 @@ from nemotune.data.sources import require_sources
 from nemotune.engines import native
 from nemotune.errors import ConflictError
 from nemotune.models import load_tokenizer
-from nemotune.plan.cost import cost_line, coverage_table, estimate
+from nemotune.plan.cost import cost_line, coverage_table, estimate, flops_line
 from nemotune.plan.parallel import check_parallel
 from nemotune.recipe import Recipe
 from nemotune.train import Deadline, TrainResult
@@ -30,12 +30,13 @@ Engine = Callable[..., TrainResult]  # `native.train`, or what calls it elsewher
 
 
 def plan(recipe: Recipe, *, console: Console) -> None:
-    """What the recipe trains and what it holds in memory."""
+    """What the recipe trains, what it holds in memory and how much a token is to compute."""
     check_parallel(recipe)
     cost = estimate(recipe)
     if recipe.method == "lora":
         console.print(coverage_table(cost.coverage))
     console.print(cost_line(cost))
+    console.print(flops_line(cost), highlight=False)
 
 
 def require_fit(recipe: Recipe, *, here: bool = True) -> None:

@@ -13,8 +13,9 @@ from nemotune.errors import RecipeError
 from nemotune.lora import apply_lora
 from nemotune.models import load_model
 from nemotune.models.offload import expert_blocks
-from nemotune.plan.cost import cost_line, estimate
+from nemotune.plan.cost import cost_line, estimate, flops_line
 from nemotune.recipe import Recipe
+from nemotune.train.flops import Flops
 
 DATA = os.environ.get("NEMOTUNE_TEST_DATA")
 
@@ -125,3 +126,15 @@ def test_routers_to_balance_that_are_not_there_are_refused_from_the_config(tmp_p
     asked = recipe(tmp_path, method="full", train={"router_aux_loss_coef": 1e-4})
     with pytest.raises(RecipeError, match=r"train.router_aux_loss_coef: got 0.0001, expected 0: this llama has no experts"):
         estimate(asked)
+
+
+def test_a_token_s_operations_are_told(hybrid):
+    """A document of 90 tokens has 4,095 pairs of query and key: 45.5 a token."""
+    asked = recipe(hybrid, data={"format": "chat", "train": "rows.jsonl", "sequence_length": 90})
+    cost, model = estimate(asked), load_model(hybrid)
+    apply_lora(model, asked.lora)
+    flops = Flops.of(model)
+    assert cost.flops_per_token == flops.per_token + flops.per_target + 45.5 * flops.per_pair
+    assert flops_line(cost) == (
+        f"A supervised token in a document of 90 takes {cost.flops_per_token / 1e9:.3g} GFLOP, forward and backward"
+    )

@@ -94,7 +94,7 @@ def test_validation_and_generation_are_not_counted(hybrid_dir):
     balance = Balance(model, rate=1e-3, coef=1e-2)
     accumulate(model, global_batch(), keys=None, seed=0, step=0, balance=balance)
     counted = balance._counts_LE.clone()
-    validation_loss(model, global_batch())
+    validation_loss(model, global_batch(micro=1))
     with torch.enable_grad():
         model(global_batch()[0].tokens_T, global_batch()[0].cu_seqlens)
     assert torch.equal(balance._counts_LE, counted)
