@@ -58,8 +58,8 @@ class Gradients:
     def norm(self) -> float:
         """The L2 norm of all gradients together, summed in fp64."""
         there = {name: p for name, p in self.parameters.items() if p.grad is not None}
-        copies = [self.copies[name] for name in there]
-        squares = _squares(there.values()) / torch.tensor(copies, dtype=torch.float64).to(self.world.device, non_blocking=True)
+        copies = torch.tensor([self.copies[name] for name in there], dtype=torch.float64)
+        squares = _squares(there.values()).to(self.world.device) / copies.to(self.world.device, non_blocking=True)
         return self.world.sum(squares.sum(), *AXES).sqrt().item()
 
     def _same_part(self, name: str, held: Sequence[Mapping[str, tuple[Layout, bool]]]) -> tuple[int, ...]:

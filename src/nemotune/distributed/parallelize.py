@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nemotune.distributed import experts, regions, shard, tensor
+from nemotune.distributed import experts, regions, shard, stages, tensor
 from nemotune.distributed.world import World
 from nemotune.lora import DropoutKeys
 from nemotune.lora.layers import LoRALayer
@@ -20,6 +20,7 @@ from nemotune.weights import Layout
 
 def arrange(model: CausalLM, world: World) -> None:
     """Shrink the empty `model` to what this process holds; `model.layouts` says which parts."""
+    stages.arrange(model, world)  # first: it weighs whole layers
     tensor.arrange(model, world)
     if world.degrees.expert > 1:
         experts.arrange(model, world)

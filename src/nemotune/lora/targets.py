@@ -18,7 +18,8 @@ from nemotune.errors import RecipeError, UnsupportedError, did_you_mean
 from nemotune.lora.dropout import DropoutKeys
 from nemotune.lora.layers import LoRALayer, wrap
 from nemotune.models.base import CausalLM
-from nemotune.models.layers import GroupedLinear, Linear
+from nemotune.models.layers import Elsewhere, GroupedLinear, Linear
+from nemotune.models.loading import build_model
 from nemotune.models.quantize import quantized_parameters
 from nemotune.recipe import Lora
 
@@ -54,15 +55,18 @@ class Coverage:
 
 
 def apply_lora(model: CausalLM, lora: Lora, *, seed: int = 0) -> DropoutKeys:
-    """Freeze the model and adapt the targets in place. Returns the keys that its dropout draws from.
+    """Freeze the model and adapt the targets in place, those that this process holds. Returns the keys that its dropout draws from.
 
-    Raises RecipeError for targets and keys of patterns that match nothing.
+    Raises RecipeError for targets and keys of patterns that match nothing in the whole model.
     """
-    kinds = adaptable_modules(model)
-    settings = module_settings({name: kinds[name] for name in matched_modules(model, lora.targets)}, lora)
+    whole = build_model(model.config) if any(isinstance(module, Elsewhere) for module in model.modules()) else model
+    kinds, here = adaptable_modules(whole), adaptable_modules(model)
+    settings = module_settings({name: kinds[name] for name in matched_modules(whole, lora.targets)}, lora)
     model.requires_grad_(False)
     keys = DropoutKeys()
     for name, its in settings.items():
+        if name not in here:
+            continue
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, wrap(model.get_submodule(name), its, name=name, keys=keys, seed=seed))
     return keys

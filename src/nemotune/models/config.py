@@ -31,6 +31,11 @@ class ModelConfig:
     dtype: str  # of the checkpoint: what a model made from this config is saved in
     raw: dict[str, Any] = field(repr=False, compare=False)
 
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The layers that have routed experts."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
@@ -71,6 +76,10 @@ class NemotronHConfig(ModelConfig):
     @property
     def num_layers(self) -> int:
         return len(self.block_types)
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        return tuple(index for index, block_type in enumerate(self.block_types) if block_type == "moe")
 
     @property
     def mamba_inner_size(self) -> int:

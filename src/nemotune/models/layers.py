@@ -75,6 +75,17 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class Elsewhere(nn.Module):
+    """Stands for a module that another process computes, under its name, and hands on what it is given. `weight` is held for another module to use."""
+
+    def __init__(self, weight: nn.Parameter | None = None):
+        super().__init__()
+        self.register_parameter("weight", weight)
+
+    def forward(self, x_TD: Tensor, *others: Any) -> Tensor:
+        return x_TD
+
+
 class AttentionCore(nn.Module):
     """Attention without its projections: over a packed row, or one token per sequence against the cache."""
 

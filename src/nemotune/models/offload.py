@@ -37,12 +37,11 @@ def offload_experts(model: CausalLM, device: torch.device | str) -> Lender:
 
 
 def expert_blocks(model: CausalLM) -> list[list[GroupedLinear]]:
-    """The projections of routed experts, block by block. Raises RecipeError where there are none."""
-    found = [[module for module in block.modules() if isinstance(module, GroupedLinear)] for block in model.blocks]
-    blocks = [modules for modules in found if modules]
-    if not blocks:
+    """The projections of routed experts, block by block, as far as they are here. Raises RecipeError where the whole model has none."""
+    if not model.config.expert_layers:
         raise RecipeError(f"model.offload: got 'experts', expected none: this {model.family} has no experts")
-    return blocks
+    found = [[module for module in block.modules() if isinstance(module, GroupedLinear)] for block in model.blocks]
+    return [modules for modules in found if modules]
 
 
 def expert_weights(model: CausalLM) -> set[str]:

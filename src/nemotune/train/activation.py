@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from nemotune.models import CausalLM
 from nemotune.models.base import run_plainly
+from nemotune.models.layers import Elsewhere
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default: 2, aten.addmm.default: 3, aten._grouped_mm.default: 2}  # with the place after their factors
@@ -39,7 +40,7 @@ def set_activation_checkpointing(model: CausalLM, mode: str) -> None:
 
 
 def _full(block: nn.Module, *args: Any, **options: Any) -> Tensor:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or isinstance(block, Elsewhere):
         return block(*args)
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
 

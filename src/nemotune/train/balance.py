@@ -4,20 +4,20 @@ After each step the bias of expert e moves by `rate * sign(mean load - load of e
 (arXiv 2408.15664; Megatron-core's `moe_router_bias_update_rate`). The loss is that of `ops/balance.py`, each token counting once:
 `coef * sum_d T_d / T sum_e ...` for each layer, T the tokens of the global batch. Neither knows how the batch was cut or packed.
 
-Loads are counted within `forward` alone, not where a block is computed again in the backward. Documents with the number -1 are no data,
-and count nowhere. In a run of several processes `total` sums over those that saw other tokens; a process must hold whole documents.
+Loads are counted within `counting` alone, not where a block is computed again in the backward. Documents with the number -1 are no data,
+and count nowhere. In a run of several processes `total` sums over those that saw other tokens or hold other layers; a process must hold whole
+documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nemotune.data.loader import Batch
 from nemotune.errors import RecipeError
 from nemotune.models import CausalLM
 from nemotune.models.nemotron_h import Router
@@ -36,17 +36,18 @@ def identity(summed: Tensor) -> Tensor:
 
 
 class Balance:
-    """Watches the routers of `model`; its hooks do nothing outside of `forward` and the backward that follows it."""
+    """Watches the routers of `model`; its hooks do nothing before the first micro batch."""
 
     def __init__(self, model: CausalLM, *, rate: float, coef: float, total: Callable[[Tensor], Tensor] = identity):
         self.rate, self.coef, self.total = rate, coef, total
-        self.routers = list(routers(model).values())
-        self._counts_LE = torch.zeros(len(self.routers), model.config.n_routed_experts, dtype=torch.int64, device=model.device)
+        layers, here = model.config.expert_layers, routers(model)
+        self.routers = {place: here[str(layer)] for place, layer in enumerate(layers) if str(layer) in here}
+        self._counts_LE = torch.zeros(len(layers), model.config.n_routed_experts, dtype=torch.int64, device=model.device)
         self._loss = torch.zeros((), device=model.device)
         self._tokens = 0.0
         self._documents: Documents | None = None  # of the micro batch whose forward or backward runs
         self._is_forward = False
-        for layer, router in enumerate(self.routers):
+        for layer, router in self.routers.items():
             router.register_forward_hook(lambda router, _, routing, layer=layer: self._after(layer, router, routing))
 
     @classmethod
@@ -56,16 +57,18 @@ class Balance:
         rate, coef = train.router_bias_update_rate, train.router_aux_loss_coef
         return cls(model, rate=rate, coef=coef, total=total) if rate or coef else None
 
-    def begin(self, batches: Sequence[Batch]) -> None:
-        """Before a step: the tokens of its global batch, of which `batches` are what this process sees."""
-        counted = [int(batch.cu_seqlens.diff()[batch.document_ids != FILLER].sum()) for batch in batches]
-        self._tokens = float(self.total(torch.tensor(float(sum(counted)), dtype=torch.float64)))
+    def begin(self, tokens: int) -> None:
+        """Before a step over a global batch of so many tokens."""
+        self._tokens = float(tokens)
 
-    @contextmanager
-    def forward(self, documents: Documents, document_ids: Tensor) -> Iterator[None]:
-        """Around the forward pass of a micro batch; its backward comes before the next one."""
+    def turn_to(self, documents: Documents, document_ids: Tensor) -> None:
+        """Before the forward of a micro batch, and before its backward where another one's forward has come between."""
         self._documents = documents
         self._counted_D = (document_ids != FILLER).to(documents.cu_seqlens.device, non_blocking=True)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Around the forward of a micro batch."""
         self._is_forward = True
         yield
         self._is_forward = False
@@ -79,11 +82,12 @@ class Balance:
         counts_LE = self.total(self._counts_LE)
         num_experts = counts_LE.shape[1]
         sums_L1 = counts_LE.sum(-1, keepdim=True)
-        for router, direction_E in zip(self.routers, (sums_L1 - counts_LE * num_experts).sign(), strict=True):
-            router.e_score_correction_bias.add_(direction_E, alpha=self.rate)
+        directions_LE = (sums_L1 - counts_LE * num_experts).sign()
+        for layer, router in self.routers.items():
+            router.e_score_correction_bias.add_(directions_LE[layer], alpha=self.rate)
         measured = {"expert_max_violation": (counts_LE * num_experts / sums_L1).max() - 1}
         if self.coef:
-            measured["router_aux_loss"] = self.total(self._loss) / len(self.routers)
+            measured["router_aux_loss"] = self.total(self._loss) / len(counts_LE)
         self._counts_LE, self._loss = torch.zeros_like(counts_LE), torch.zeros_like(self._loss)
         return measured
 
@@ -106,5 +110,5 @@ def require_experts(model: CausalLM, train: Train) -> None:
     """Raises RecipeError where routers are to be balanced and the model has none."""
     asked = {"train.router_bias_update_rate": train.router_bias_update_rate, "train.router_aux_loss_coef": train.router_aux_loss_coef}
     problems = [f"{key}: got {got:g}, expected 0: this {model.family} has no experts" for key, got in asked.items() if got]
-    if problems and not routers(model):
+    if problems and not model.config.expert_layers:
         raise RecipeError("\n".join(problems))

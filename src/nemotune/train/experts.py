@@ -54,7 +54,7 @@ class ExpertCounter:
 
 
 def routers(model: CausalLM) -> dict[str, Router]:
-    """Those of `model`, by layer."""
+    """Those that this process holds, by layer."""
     return {str(index): module for index, block in enumerate(model.blocks) for module in block.modules() if isinstance(module, Router)}
 
 

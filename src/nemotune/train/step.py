@@ -9,18 +9,19 @@ a step: it computes one micro batch while Python prepares the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nemotune.data.loader import Batch
 from nemotune.distributed import World
 from nemotune.distributed.gradients import local
-from nemotune.distributed.rows import row_of
+from nemotune.distributed.pipeline import Stage
+from nemotune.distributed.rows import Row, row_of
 from nemotune.distributed.world import ALONE, BATCHES, TOKENS
 from nemotune.lora import DropoutKeys
 from nemotune.models import CausalLM
@@ -51,19 +52,27 @@ def accumulate(
 
     `batches` are this process's share of the global batch, as many as any other's; gradients are still its own.
     """
-    if balance is not None:
-        balance.begin(batches)
     tokens, supervised = _counted(batches, world)
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    for batch in batches:
-        row = row_of(batch, model.device, world)
+    if balance is not None:
+        balance.begin(tokens)
+    stage, total = Stage(model, world), torch.zeros((), dtype=torch.float64, device=model.device)
+
+    def turn_to(row: Row) -> None:
         if keys is not None:
             of_tokens_T = row.document_ids[row.documents.indices_T]
             keys.set(seed=seed, step=step, documents_T=of_tokens_T, positions_T=row.documents.positions_T)
-        with balance.forward(row.documents, batch.document_ids) if balance else nullcontext():
-            loss = model.row_loss(row.tokens_T, row.documents, row.targets_T) / supervised
-        loss.backward()
-        total += loss.detach()
+        if balance is not None:
+            balance.turn_to(row.documents, row.document_ids)
+
+    def forward(row: Row, x: Tensor) -> Tensor:
+        with balance.counting() if balance else nullcontext():
+            if not stage.is_last:
+                return model(x, row.documents)
+            loss = model.row_loss(x, row.documents, row.targets_T) / supervised
+        total.add_(loss.detach())
+        return loss
+
+    stage.train((row_of(batch, model.device, world) for batch in batches), forward, turn_to=turn_to)
     return StepResult(world.sum(total, "pipeline", *TOKENS).item(), tokens, supervised)
 
 
@@ -84,8 +93,8 @@ def update(
     parameters: Iterable[nn.Parameter], optimizer: Optimizer, *, learning_rate: float, grad_norm: float, max_grad_norm: float
 ) -> None:
     """Clip, step and clear the gradients; `max_grad_norm` 0 clips nothing. `grad_norm` is that of all processes' gradients together."""
-    if max_grad_norm:
-        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if max_grad_norm and gradients:
         torch._foreach_mul_(gradients, min(1.0, max_grad_norm / (grad_norm + 1e-6)))
     set_learning_rate(optimizer, learning_rate)
     optimizer.step()
@@ -97,11 +106,18 @@ def validation_loss(model: CausalLM, batches: Iterable[Batch], *, world: World =
     """Mean loss per supervised token over all batches, dropout off; `batches` are this process's share, as many as any other's."""
     was_training = model.training
     model.eval()
-    total, supervised = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    for batch in batches:
-        row = row_of(batch, model.device, world)
-        total += model.row_loss(row.tokens_T, row.documents, row.targets_T)
-        supervised += batch.num_supervised
+    stage, total, supervised = Stage(model, world), torch.zeros((), dtype=torch.float64, device=model.device), 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal supervised
+        for batch in batches:
+            supervised += batch.num_supervised
+            yield row_of(batch, model.device, world)
+
+    def forward(row: Row, x: Tensor) -> Tensor:
+        return total.add_(model.row_loss(x, row.documents, row.targets_T)) if stage.is_last else model(x, row.documents)
+
+    stage.evaluate(rows(), forward)
     model.train(was_training)
     loss = world.sum(total, "pipeline", *TOKENS).item()
     return loss / max(1, _sum_of_rows(supervised, world=world)[0])

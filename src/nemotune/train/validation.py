@@ -12,6 +12,7 @@ from rich.console import Console
 from nemotune.data.loader import Batch, batches, filler
 from nemotune.data.split import Split
 from nemotune.distributed import World
+from nemotune.distributed.pipeline import Stage
 from nemotune.distributed.rows import row_of
 from nemotune.distributed.world import ALONE, BATCHES
 from nemotune.models import CausalLM
@@ -38,15 +39,14 @@ class Validation:
 
     def begin(self, *, step: int, console: Console) -> None:
         """Before the first step: which experts the base uses. A resumed run has it in its metrics."""
-        if self.every is None or step or not self.experts.routers:
+        if self.every is None or step or not self.model.config.expert_layers:
             return
         console.print("counting which experts the base uses on data.validation")
         was_training = self.model.training
         self.model.eval()
+        rows = (row_of(batch, self.model.device, self.world) for batch in self._batches())
         with torch.no_grad(), self.experts.counting():
-            for batch in self._batches():
-                row = row_of(batch, self.model.device, self.world)
-                self.model(row.tokens_T, row.documents)
+            Stage(self.model, self.world).evaluate(rows, lambda row, x: self.model(x, row.documents))
         self.model.train(was_training)
         self._write_load(0)
 

@@ -215,8 +215,9 @@ def test_loads_become_more_even(hybrid_dir):
     model, [batch] = full(hybrid_dir), global_batch()
     balance, worst = Balance(model, rate=0.05, coef=0.0), []
     for _ in range(60):
-        balance.begin([batch])
-        with balance.forward(documents := Documents(batch.cu_seqlens), batch.document_ids):
+        balance.begin(batch.num_tokens)
+        balance.turn_to(documents := Documents(batch.cu_seqlens), batch.document_ids)
+        with balance.counting():
             model(batch.tokens_T, documents)
         worst.append(balance.step()["expert_max_violation"].item())
     assert worst[0] > 1 and max(worst[-5:]) < 0.5, worst

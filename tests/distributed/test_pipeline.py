@@ -1,0 +1,104 @@
+"""Stages of whole layers, 1F1B between them, train as one process does: fewer and more micro batches than stages, rows of any length."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import in_processes
+from random_models import make
+from rich.console import Console
+from toy_split import ToySplit
+from toy_steps import LENGTHS, PACKS, Case, Trace, assert_same, take_steps, traces
+
+from nemotune.data.loader import Loader
+from nemotune.distributed import World, arrange
+from nemotune.distributed.world import TOKENS
+from nemotune.models import load_model
+from nemotune.recipe import load
+from nemotune.recipe.degrees import Degrees
+from nemotune.train.activation import set_activation_checkpointing
+from nemotune.train.balance import Balance
+from nemotune.train.step import accumulate
+from nemotune.train.validation import Validation
+
+TWO_STAGES, FOUR_STAGES = Degrees(pipeline=2), Degrees(pipeline=4)
+BESIDE_OTHERS = [Degrees(pipeline=2, data=2), Degrees(pipeline=2, shard=2), Degrees(pipeline=2, tensor=2)]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> dict[str, Case]:
+    directory = tmp_path_factory.mktemp("models")
+    for variant in ("hybrid", "llama", "llama_tied"):
+        make(variant).save_pretrained(directory / variant)
+    return {
+        "hybrid": Case(directory / "hybrid"),
+        "dropout, blocks computed again": Case(directory / "hybrid", dropout=0.3, steps=2, checkpointing="full"),
+        "a stage without adapters": Case(directory / "hybrid", targets=("attention",), steps=2),
+        "hybrid, all of it": Case(directory / "hybrid", method="full", steps=3),
+        "llama": Case(directory / "llama", dropout=0.3, steps=3),
+        "llama, all of it": Case(directory / "llama", method="full", steps=2),
+        "llama, tied": Case(directory / "llama_tied", steps=2),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(cases) -> dict[str, Trace]:
+    return {name: take_steps(case) for name, case in cases.items()}
+
+
+def four(cases: dict[str, Case]) -> dict[tuple[str, Degrees], Trace]:
+    chosen = {name: cases[name] for name in ("dropout, blocks computed again", "hybrid, all of it")}
+    return traces(chosen, [FOUR_STAGES, *BESIDE_OTHERS]) | traces({"llama, all of it": cases["llama, all of it"]}, BESIDE_OTHERS)
+
+
+def test_four_stages_and_stages_beside_other_axes_equal_one_process(cases, alone):
+    """Four stages have as many micro batches as they are, then one; two of them beside two data ranks have two, then one and a filler."""
+    for (name, _), trace in in_processes(4, four, cases).items():
+        assert_same(trace, alone[name])
+
+
+def two(cases: dict[str, Case]) -> tuple[dict[tuple[str, Degrees], Trace], list[Any]]:
+    world = World(TWO_STAGES, rank=dist.get_rank())
+    return traces(cases, [TWO_STAGES]), world.gather(watched_step(cases["hybrid"].directory, world))
+
+
+def test_two_stages_equal_one_process(cases, alone):
+    """What watches the routers, too: each stage sees its own layers', and what is told is of all."""
+    found, watched = in_processes(2, two, cases)
+    for (name, _), trace in found.items():
+        assert_same(trace, alone[name])
+    of_all = watched_step(cases["hybrid"].directory, World())
+    for of_stage in watched:
+        assert of_stage["metrics"] == of_all["metrics"]
+        for name, value in of_all["measured"].items():
+            torch.testing.assert_close(of_stage["measured"][name], value, rtol=1e-5, atol=0)
+    tensors = {**watched[0]["tensors"], **watched[1]["tensors"]}
+    assert tensors.keys() == of_all["tensors"].keys() and not watched[0]["tensors"].keys() & watched[1]["tensors"].keys()
+    for name, value in of_all["tensors"].items():
+        torch.testing.assert_close(tensors[name], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+
+
+def watched_step(directory: Path, world: World) -> dict[str, Any]:
+    """The routers' biases and gradients after a step that balances them, its blocks computed again, and what a held-out pass counts."""
+    model = load_model(directory, dtype="float32", trainable=True, arrange=partial(arrange, world=world))
+    set_activation_checkpointing(model, "full")
+    split = ToySplit(LENGTHS, packs=PACKS)
+    metrics: list[dict[str, Any]] = []
+    kept = SimpleNamespace(rows=list, write=lambda kind, step, **row: metrics.append(row))
+    recipe = load("quickstart", ["train.eval_every=1", "train.micro_batch_size=1", "data.sequence_length=32"])
+    held_out = Validation(model, split, recipe, metrics=kept, last_step=1, world=world)
+    held_out.begin(step=0, console=Console(quiet=True))
+    balance = Balance(model, rate=1e-3, coef=1e-1, total=lambda summed: world.sum(summed, "pipeline", *TOKENS))
+    batches = Loader(split, global_batch_size=4, micro_batch_size=1, seed=0).step(0)
+    accumulate(model.train(), batches, keys=None, seed=0, step=0, balance=balance, world=world)
+    measured = balance.step()
+    named = dict(model.named_parameters())
+    gradients = {name: p.grad for name, p in named.items() if ".gate." in name}
+    biases = {name: value.clone() for name, value in model.named_buffers() if "bias" in name}
+    return {"metrics": metrics, "measured": measured, "tensors": {**gradients, **biases}}
