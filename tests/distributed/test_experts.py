@@ -17,8 +17,10 @@ from nemotune.models import load_model
 from nemotune.ops.documents import Documents
 from nemotune.recipe import Lora
 from nemotune.recipe.degrees import Degrees
+from nemotune.train.health import Liveness
 
 TWO = [Degrees(data=2, expert=2)]
+ROW = Documents(torch.tensor([0, 12, 30], dtype=torch.int32), torch.device("cpu"))
 FOUR = [Degrees(data=4, expert=2), Degrees(data=4, expert=4), Degrees(data=2, shard=2, expert=4)]
 
 
@@ -61,27 +63,47 @@ def alone(cases):
 
 
 def test_two_processes_with_half_of_the_experts_train_as_one(cases, alone):
-    found, in_four_bits = in_processes(2, work_of_two, cases)
+    found, in_four_bits, unreached = in_processes(2, work_of_two, cases)
     for (name, _), trace in found.items():
         assert_same(trace, alone[name])
     expected = adapted_in_four_bits(cases["latent"].directory, World())
     for mine, theirs in zip(in_four_bits, expected, strict=True):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert [set(of_rank.values()) for of_rank in unreached] == [{2}, {4}]  # of four in each
 
 
 def work_of_two(cases):
-    return traces(cases, TWO), adapted_in_four_bits(cases["latent"].directory, World(TWO[0], rank=dist.get_rank()))
+    world = World(TWO[0], rank=dist.get_rank())
+    return (
+        traces(cases, TWO),
+        adapted_in_four_bits(cases["latent"].directory, world),
+        world.gather(experts_unreached(cases["skewed"].directory, world)),
+    )
 
 
 def adapted_in_four_bits(directory, world):
     """The hidden states of a row, and the gradients of the adapters of experts, whole."""
-    model = load_model(directory, dtype="float32", quantization="nf4", arrange=partial(arrange, world=world))
-    keys = apply_lora(model, Lora(rank=4, targets=("experts",)))
-    connect(model, world, keys)
-    hidden_TD = model(torch.arange(30) * 7 % 96, Documents(torch.tensor([0, 12, 30], dtype=torch.int32), torch.device("cpu")))
+    model = adapted(directory, world, quantization="nf4")
+    hidden_TD = model(torch.arange(30) * 7 % 96, ROW)
     hidden_TD.square().sum().backward()
     parts = {name: p.grad / world.size for name, p in model.named_parameters() if p.requires_grad}  # all saw the same row
     return [hidden_TD.detach(), *whole(parts, layouts_of(model), world).values()]
+
+
+def experts_unreached(directory, world):
+    """Module by module, how many of those that this process holds saw no gradient; it raises where one that did has none."""
+    model = adapted(directory, world).train()
+    liveness = Liveness(model)
+    model(torch.arange(30) * 7 % 96, ROW).square().sum().backward()
+    liveness.check()
+    liveness.judge()
+    return liveness.unreached()
+
+
+def adapted(directory, world, **options):
+    model = load_model(directory, dtype="float32", arrange=partial(arrange, world=world), **options)
+    connect(model, world, apply_lora(model, Lora(rank=4, targets=("experts",))))
+    return model
 
 
 def test_four_processes_with_experts_in_pairs_and_apart_train_as_one(cases, alone):

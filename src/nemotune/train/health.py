@@ -65,7 +65,7 @@ class Liveness:
         for (name, which), received in self.received.items():
             dead = received & ~self.alive.get((name, which), torch.zeros_like(received))
             if dead.any():
-                experts = dead.nonzero().flatten().tolist()[:8]
+                experts = (self.layers[name].first_expert + dead.nonzero()).flatten().tolist()[:8]
                 raise TrainingError(f"{name}: experts {experts} received gradient and their {which} has none after {self.steps} steps")
 
     def unreached(self) -> dict[str, int]:

@@ -95,6 +95,12 @@ def test_experts_of_a_token_are_rising():
     assert (routing.experts_TK.diff() > 0).all()
 
 
+def test_values_of_tokens_lie_where_their_rows_do():
+    sent = dispatch(Routing(torch.tensor([[1, 2], [0, 2], [0, 1]]), torch.ones(3, 2)), 3)
+    assert sent.of_tokens(torch.tensor([10, 20, 30])).tolist() == [20, 30, 10, 30, 10, 20]
+    assert sent.sorted_rows(torch.tensor([[10.0], [20.0], [30.0]])).flatten().tolist() == [20, 30, 10, 30, 10, 20]
+
+
 def test_a_token_adds_up_its_experts_in_their_order():
     """In fp32, (2^30 + 1) - 2^30 is 0 and (2^30 - 2^30) + 1 is 1."""
     sent = dispatch(Routing(torch.tensor([[0, 1, 2], [0, 2, 1]]), torch.ones(2, 3)), 3)

@@ -21,6 +21,7 @@ from nemotune.train import health
 from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.health import EXPERT_STEPS, Liveness, SpikeGuard, require_finite
 from nemotune.train.step import accumulate
+from nemotune.weights import Layout
 
 
 @pytest.fixture
@@ -143,6 +144,15 @@ def test_an_expert_that_receives_gradient_and_passes_none_on_stops_the_run(adapt
     name, victim = first_experts(adapted[0])
     victim.lora_B.register_hook(lambda gradient: gradient * torch.arange(6.0).clamp(max=1)[:, None, None])  # expert 0 is dead
     with pytest.raises(TrainingError, match=rf"{name}: experts \[0\]"):
+        watched(adapted, Liveness(adapted[0]), steps=EXPERT_STEPS)
+
+
+def test_a_dead_expert_has_its_number_among_those_of_all_processes(adapted):
+    name, victim = first_experts(adapted[0])
+    _, *sizes = victim.base.weight.shape
+    victim.base.part = Layout.whole((18, *sizes)).along(0, [(6, 12)])
+    victim.lora_B.register_hook(lambda gradient: gradient * torch.arange(6.0).clamp(max=1)[:, None, None])
+    with pytest.raises(TrainingError, match=rf"{name}: experts \[6\]"):
         watched(adapted, Liveness(adapted[0]), steps=EXPERT_STEPS)
 
 
