@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nemotune.distributed import experts, regions, shard, stages, tensor
+from nemotune.distributed import context, experts, regions, shard, stages, tensor
 from nemotune.distributed.world import World
 from nemotune.lora import DropoutKeys
 from nemotune.lora.layers import LoRALayer
@@ -31,6 +31,8 @@ def connect(model: CausalLM, world: World, keys: DropoutKeys | None) -> None:
     regions.connect(model, world)
     if world.degrees.expert > 1:
         experts.connect(model, world)
+    if world.degrees.context > 1:
+        context.connect(model, world)
     shard.connect(model, world)  # last: it gathers what the others have swapped
 
 

@@ -95,6 +95,11 @@ def _unbuilt(recipe: Recipe, degrees: Degrees, config: Config) -> Iterator[str]:
         yield f"train.optimizer: adamw_8bit works with parallel.data alone, got {over}; use train.optimizer=adamw, or {_at_one(over)}"
     if recipe.model.offload == "experts" and (over := _over_one(degrees, "shard", "tensor", "expert")):
         yield f"model.offload: experts cannot be lent and divided, got {over}; use model.offload=none, or {_at_one(over)}"
+    if recipe.train.router_aux_loss_coef and degrees.context > 1:
+        yield (
+            f"train.router_aux_loss_coef: the loss is that of whole documents, which parallel.context={degrees.context} divides; "
+            "use train.router_aux_loss_coef=0 (train.router_bias_update_rate works), or parallel.context=1"
+        )
     if degrees.tensor > 1:
         yield from _unbuilt_for_tensor(recipe, config)
     if degrees.pipeline > 1 and config.tie_word_embeddings and recipe.method != "lora":

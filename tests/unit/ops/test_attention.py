@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemotune.ops import attention
-from nemotune.ops.attention import flash_attention, has_flash, varlen_attention
+from nemotune.ops.attention import flash_attention, has_flash, varlen_attention, varlen_attention_ref
 from nemotune.ops.documents import Documents
 
 
@@ -29,7 +29,18 @@ def test_flash_is_given_borders_and_the_longest_document(monkeypatch):
     varlen_attention(torch.empty(12, 4, 8), torch.empty(12, 2, 8), torch.empty(12, 2, 8), documents)
     [(_, _, _, borders, key_borders, longest, longest_key)] = calls
     assert borders is key_borders is documents.cu_seqlens and longest == longest_key == 7
+    keys = Documents(torch.tensor([0, 9, 16, 19], dtype=torch.int32))
+    varlen_attention(torch.empty(12, 4, 8), torch.empty(19, 2, 8), torch.empty(19, 2, 8), documents, keys)
+    assert calls[1][3] is documents.cu_seqlens and calls[1][4] is keys.cu_seqlens and calls[1][5:] == (7, 9)
     assert flash_attention().keywords["window_size"] == (-1, 0), "causal"
+
+
+def test_queries_are_the_last_tokens_of_a_document_with_more_keys():
+    whole = Documents(torch.tensor([0, 9, 11, 16], dtype=torch.int32))
+    queries, is_query_T = Documents(torch.tensor([0, 3, 5, 6], dtype=torch.int32)), torch.tensor([0] * 6 + [1] * 5 + [0] * 4 + [1]).bool()
+    q, k, v = (torch.randn(16, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    found = varlen_attention(q[is_query_T], k, v, queries, whole)
+    assert torch.allclose(found, varlen_attention_ref(q, k, v, whole)[is_query_T], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def test_all_that_does_not_fit_is_told_at_once() -> None:
         ("hybrid", Degrees(data=2, expert=2), {"train": {"optimizer": "adamw_8bit"}}, "train.optimizer: adamw_8bit works with parallel.data alone, got parallel.expert=2"),
         ("llama", Degrees(context=2), {"train": {"optimizer": "adamw_8bit"}}, "train.optimizer: adamw_8bit works with parallel.data alone, got parallel.context=2"),
         ("hybrid", Degrees(data=2, expert=2), {"model": {"path": "x", "offload": "experts"}}, "model.offload: experts cannot be lent and divided, got parallel.expert=2"),
+        ("hybrid", Degrees(context=2), {"method": "full", "train": {"router_aux_loss_coef": 1e-4}}, "train.router_aux_loss_coef: the loss is that of whole documents, which parallel.context=2 divides"),
         ("llama", Degrees(tensor=2), {"lora": {"dora": True}}, "lora.dora: DoRA needs whole rows"),
         ("llama_biased", Degrees(tensor=2), {}, "parallel.tensor: the model's output projections have biases (attention_bias, mlp_bias)"),
         ("llama_tied", Degrees(pipeline=2), {"method": "full"}, "parallel.pipeline: got 2, and the embeddings are tied"),
