@@ -21,7 +21,8 @@ from nemotune.train.health import Liveness
 
 TWO = [Degrees(data=2, expert=2)]
 ROW = Documents(torch.tensor([0, 12, 30], dtype=torch.int32), torch.device("cpu"))
-FOUR = [Degrees(data=4, expert=2), Degrees(data=4, expert=4), Degrees(data=2, shard=2, expert=4)]
+FOUR = [Degrees(data=4, expert=2), Degrees(data=4, expert=4)]
+BESIDE = [Degrees(data=2, shard=2, expert=4), Degrees(data=2, tensor=2, expert=2), Degrees(pipeline=2, data=2, expert=2)]
 
 
 def skewed():
@@ -106,7 +107,12 @@ def adapted(directory, world, **options):
     return model
 
 
-def test_four_processes_with_experts_in_pairs_and_apart_train_as_one(cases, alone):
-    chosen = {name: cases[name] for name in ("dropout", "latent, all of it", "skewed", "skewed and computed again")}
-    for (name, _), trace in in_processes(4, traces, chosen, FOUR).items():
+def test_four_processes_with_experts_in_pairs_and_apart_and_beside_other_axes_train_as_one(cases, alone):
+    for (name, _), trace in in_processes(4, work_of_four, cases).items():
         assert_same(trace, alone[name])
+
+
+def work_of_four(cases):
+    apart = {name: cases[name] for name in ("dropout", "latent, all of it", "skewed", "skewed and computed again")}
+    beside = {name: cases[name] for name in ("latent", "skewed, all of it")}
+    return {**traces(apart, FOUR), **traces(beside, BESIDE)}
