@@ -57,6 +57,14 @@ def test_a_dataset_gives_its_rows_one_after_another_over_periods():
     assert first == tuple(counts[turns[n][0]] + turns[n][1] for n in (0, 1))
 
 
+def test_a_dataset_that_is_named_twice_gives_other_rows_each_time(tmp_path):
+    one = stream(tmp_path).parts[0]
+    twice = Stream([one, one], stream(tmp_path).settings)
+    found = [twice.row(number) for number in range(10)]
+    assert [place for place, _ in found] == [0, 1] * 5
+    assert [row for place, row in found if place == 0] != [row for place, row in found if place == 1]
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_step_is_the_same_whoever_takes_it(tmp_path, packed):
     whole = loader(stream(tmp_path, packed=packed))
