@@ -32,7 +32,8 @@ class ModelEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._backend = deepcopy(tokenizer.backend_tokenizer)  # what is set here would change what it does elsewhere
-        self._backend.no_truncation()
+        self._backend.no_truncation()  # some tokenizers bring a length to cut or pad to
+        self._backend.no_padding()
         self._backend.encode_special_tokens = True
         self.vocab_size = len(tokenizer)
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id

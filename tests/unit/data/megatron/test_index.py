@@ -109,6 +109,17 @@ def test_the_tokenizer_is_left_as_it_was(bare_tokenizer):
     assert bare_tokenizer("</s>a").input_ids == before
 
 
+def test_a_tokenizers_own_length_cuts_and_pads_nothing(bare_tokenizer):
+    whole = ModelEncoder(bare_tokenizer).encode("A horse and a king")
+    bare_tokenizer.backend_tokenizer.enable_truncation(2)
+    bare_tokenizer.backend_tokenizer.enable_padding(length=64)
+    try:
+        assert ModelEncoder(bare_tokenizer).encode("A horse and a king") == whole
+    finally:
+        bare_tokenizer.backend_tokenizer.no_truncation()
+        bare_tokenizer.backend_tokenizer.no_padding()
+
+
 def test_tiktoken_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tiktoken", None)
     with pytest.raises(

@@ -63,6 +63,15 @@ def test_stats_tell_of_each_dataset_what_the_run_reads(blend, prepared_of):
     assert again.stats == prepared.stats and again.train.to_json() == prepared.train.to_json()
 
 
+def test_what_was_prepared_here_is_read_from_elsewhere(blend, tmp_path, monkeypatch, prepared_of):
+    monkeypatch.chdir(tmp_path)
+    here = prepared_of(make_recipe("web", validation=0.1))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    there = Prepared.load(here.validation.directory)
+    assert there.train[int(there.train.packs[3][0])].tokens.size
+
+
 @pytest.mark.parametrize(
     ("settings", "packs", "rows"),
     [({}, 56, 56), ({"epochs": 2.5}, 56, 144), ({"max_steps": 3}, 56, 24), ({"epochs": 2, "max_steps": 30}, 120, 240)],
