@@ -19,7 +19,7 @@ from nemotune.errors import RecipeError, UnsupportedError
 
 LAUNCH_DIR = "NEMOTUNE_LAUNCH_DIR"  # where the nemotune that started torchrun itself waits for the outcome
 NOTE = "nemotune_failed"
-CAUSE_SECONDS = 1.0  # by which a process that ended the others' connections has said why
+CAUSE_SECONDS = 3.0  # by which a process that ended the others' connections has said why, or torchrun has ended the others as well
 USERS = "2"  # the exit code of what a user has to mend
 PR_SET_PDEATHSIG = 1
 
@@ -102,7 +102,9 @@ def first_to_fail(code: str) -> bool:
 
 def first_to_fail_after_the_cause() -> bool:
     """`first_to_fail` for an error that another process may have caused, by ending."""
-    time.sleep(CAUSE_SECONDS)
+    attempt, end = _attempt_dir(), time.monotonic() + CAUSE_SECONDS
+    while attempt and time.monotonic() < end and not (attempt / NOTE).exists():
+        time.sleep(0.05)
     return first_to_fail("1")
 
 

@@ -18,7 +18,7 @@ from nemotune.recipe import Recipe, dump
 
 MAY_CHANGE = (  # what a resumed run may have otherwise: how long it goes on, what it writes, and what changes rounding alone
     "train.max_steps", "train.epochs", "train.micro_batch_size", "train.activation_checkpointing", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.deadline", "logging.", "evaluate.", "export.",
+    "train.keep_checkpoints", "train.deadline", "parallel.", "logging.", "evaluate.", "export.",
 )  # fmt: skip
 OF_THE_MODEL = ("method", "model.", "data.", "lora.")  # what a trained model and its prepared rows were made with
 FROM_TRAINED = ("eval", "export", "report.html")  # made from what was trained
