@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from nemotune.data.prepare import Prepared
 from nemotune.data.template import Renderer
 from nemotune.distributed import World, arrange, connect, divide
+from nemotune.distributed.whole import Read, empty_whole, whole_tensors
 from nemotune.distributed.world import ALONE
 from nemotune.errors import UnsupportedError
 from nemotune.files import read_json, staged_directory, write_json
@@ -41,19 +42,19 @@ def train(
         model = load_base(recipe, trainable=recipe.method != "lora", random_seed=random_seed, world=world)
         keys = apply_lora(model, recipe.lora, seed=seed) if recipe.method == "lora" else None
         if world.is_first:
-            write_json(run_dir / "coverage.json", coverage(model).to_json())
+            write_json(run_dir / "coverage.json", coverage(model if world.size == 1 else _empty_whole(model, recipe)).to_json())
         connect(model, world, keys)
         result = run_training(
             model, recipe, train=prepared.train, validation=prepared.validation, run_dir=run_dir, keys=keys, resume=resume, console=console,
             deadline=deadline, world=world,
         )  # fmt: skip
-    if not world.is_first:
-        return result
-    with staged_directory(run_dir / trained_name(recipe), overwrite=True) as aside:
-        for note in save_trained(model, recipe, aside):
-            console.print(f"[yellow]{note}")
-        tokenizer.save_pretrained(aside)
-        write_json(aside / GENERATION_FILE, settings)
+    with whole_tensors(model, world) as values:
+        if values is not None:
+            with staged_directory(run_dir / trained_name(recipe), overwrite=True) as aside:
+                for note in save_trained(model, recipe, aside, values=values if world.size > 1 else None):
+                    console.print(f"[yellow]{note}")
+                tokenizer.save_pretrained(aside)
+                write_json(aside / GENERATION_FILE, settings)
     return result
 
 
@@ -88,12 +89,22 @@ def trained_name(recipe: Recipe) -> str:
     return "adapter" if recipe.method == "lora" else "model"
 
 
-def save_trained(model: CausalLM, recipe: Recipe, directory: Path) -> list[str]:
-    """Write the adapter or the model as `directory`. Returns notes for the user."""
+def save_trained(model: CausalLM, recipe: Recipe, directory: Path, *, values: Read | None = None) -> list[str]:
+    """Write the adapter or the model as `directory`; `values` gives whole tensors where `model` has parts. Returns notes for the user."""
+    if values is not None:
+        model = _empty_whole(model, recipe)
     if recipe.method != "lora":
-        save_model(model, directory, overwrite=True)
+        save_model(model, directory, overwrite=True, values=values)
         return []
-    return save_adapter(model, directory, recipe.lora, base=recipe.model.path, overwrite=True)
+    return save_adapter(model, directory, recipe.lora, base=recipe.model.path, overwrite=True, values=values)
+
+
+def _empty_whole(model: CausalLM, recipe: Recipe) -> CausalLM:
+    """The model as one process would hold it, without values."""
+    whole = empty_whole(model)
+    if recipe.method == "lora":
+        apply_lora(whole, recipe.lora)
+    return whole
 
 
 def conversation(recipe: Recipe) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:

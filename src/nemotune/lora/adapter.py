@@ -8,6 +8,7 @@ does not name.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from nemotune.errors import CheckpointError, MissingFileError
 from nemotune.files import staged_directory
 from nemotune.lora.dropout import DropoutKeys
-from nemotune.lora.layers import LoRAEmbedding, LoRAExperts, lora_modules, scale
+from nemotune.lora.layers import LoRAEmbedding, lora_modules, scale
 from nemotune.lora.peft_form import SUFFIXES, named_modules, peft_config, peft_keys, read_peft_config, spellings, unplaced_parameters
 from nemotune.lora.targets import adaptable_modules, apply_lora, module_settings, refuse_shared_embeddings
 from nemotune.models.base import CausalLM
@@ -63,21 +64,25 @@ def gains(magnitude: Tensor, updated: Tensor) -> Tensor:
     return (magnitude.double() / norms).unsqueeze(1)
 
 
-def save_adapter(model: CausalLM, directory: Path, lora: Lora, *, base: str, overwrite: bool = False) -> list[str]:
-    """Write the adapter of `model` into `directory`. Returns notes on where it will not load."""
+def save_adapter(
+    model: CausalLM, directory: Path, lora: Lora, *, base: str, overwrite: bool = False, values: Callable[[str], Tensor] | None = None
+) -> list[str]:
+    """Write the adapter of `model` into `directory`. Returns notes on where it will not load.
+
+    `values` gives a parameter by its name in the model; where it is given the model's own may be empty.
+    """
     layers = dict(lora_modules(model))
     named = {name: kind for name, kind in adaptable_modules(model).items() if name in layers}
-    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
     for name, layer in layers.items():
         key = peft_keys(name, named, model)[0]
-        held = {which: p.detach().cpu() for which, p in layer.named_parameters(recurse=False)}
-        if isinstance(layer, LoRAExperts):
-            held = {"lora_A": held["lora_A"].flatten(0, 1), "lora_B": held["lora_B"].permute(1, 2, 0).flatten(1)}
-        tensors |= {key + SUFFIXES[which]: tensor for which, tensor in held.items()}
-    assert len(tensors) == (3 if lora.dora else 2) * len(layers), "two modules of one name"
-    plan = WritePlan(tuple(TensorInfo(key, WEIGHTS, "F32", tuple(tensor.shape)) for key, tensor in tensors.items()))
+        names |= {key + SUFFIXES[which]: f"{name}.{which}" for which, _ in layer.named_parameters(recurse=False)}
+    assert len(names) == (3 if lora.dora else 2) * len(layers), "two modules of one name"
+    shapes = {key: _flat(name, model.get_parameter(name).to("meta")).shape for key, name in names.items()}
+    plan = WritePlan(tuple(TensorInfo(key, WEIGHTS, "F32", tuple(shape)) for key, shape in shapes.items()))
+    read = values or model.get_parameter
     with staged_directory(directory, overwrite=overwrite, needed_bytes=plan.num_bytes) as aside:
-        write_checkpoint(aside, plan, lambda info: tensors[info.name])
+        write_checkpoint(aside, plan, lambda info: _flat(names[info.name], read(names[info.name])))
         (aside / CONFIG).write_text(json.dumps(peft_config(named, lora, model, base=base), indent=2) + "\n", encoding="utf-8")
     return [OUT_PROJ_NOTE] if any(name.endswith(".out_proj") for name in layers) else []
 
@@ -161,6 +166,13 @@ def _is_of_the_base(copied: Tensor, name: str, model: CausalLM) -> bool:
         if held in names and model.source is not None:
             return torch.equal(copied, model.source.read(disk_name).to(copied.dtype))
     return False
+
+
+def _flat(name: str, tensor: Tensor) -> Tensor:
+    """A of experts as (expert, rank) x in, B as out x (rank, expert); any other as it is."""
+    if tensor.ndim < 3:
+        return tensor
+    return tensor.flatten(0, 1) if name.endswith(".lora_A") else tensor.permute(1, 2, 0).flatten(1)
 
 
 def _flat_shapes(module: nn.Module, rank: int, *, dora: bool) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ forward here uses (`mtp.*`) is copied from its file.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,8 +23,13 @@ from nemotune.weights.dtypes import NAMES
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "LICENSE*", "NOTICE*")
 
 
-def save_model(model: CausalLM, directory: str | Path, *, overwrite: bool = False) -> None:
-    """Write the model as a Hugging Face directory: the source's names, dtypes, shards and side files, the model's values."""
+def save_model(
+    model: CausalLM, directory: str | Path, *, overwrite: bool = False, values: Callable[[str, int | None], Tensor] | None = None
+) -> None:
+    """Write the model as a Hugging Face directory: the source's names, dtypes, shards and side files, the model's values.
+
+    `values` gives a tensor by its name in the model, or its entry along dim 0; where it is given the model's own may be empty.
+    """
     assert not is_quantized(model), "a quantised model is never saved: merge its adapter onto the wide base"
     directory = Path(directory)
     pieces = dict(disk_pieces(model))
@@ -35,6 +41,8 @@ def save_model(model: CausalLM, directory: str | Path, *, overwrite: bool = Fals
             assert model.source is not None
             return model.source.read(info.name)
         name, index = pieces[info.name]
+        if values is not None:
+            return values(name, index)
         return state[name] if index is None else state[name][index]
 
     with staged_directory(directory, overwrite=overwrite, needed_bytes=plan.num_bytes) as aside:
