@@ -26,7 +26,6 @@ from nemotune.train.balance import Balance
 from nemotune.train.step import accumulate
 
 EVERYTHING = ("attention", "mamba", "mlp", "shared_experts", "experts", "latent", "head", "out_proj")
-DEGREES = {2: [Degrees(tensor=2)], 4: [Degrees(tensor=4), Degrees(data=2, tensor=2)]}
 
 
 @pytest.fixture(scope="module")
@@ -37,44 +36,62 @@ def models(tmp_path_factory) -> Path:
     return directory
 
 
-def cases(models: Path, ranks: int) -> dict[str, Case]:
-    if ranks == 2:
-        return {
-            "hybrid": Case(models / "hybrid"),
-            "hybrid, all of it": Case(models / "hybrid", method="full"),
-            "computed again": Case(models / "hybrid", checkpointing="selective", steps=2),
-            "latent with dropout": Case(models / "four_ways", targets=EVERYTHING, dropout=0.3, steps=3),
-            "llama": Case(models / "llama", targets=("attention", "mlp", "head")),
-            "tied": Case(models / "llama_tied", method="full"),
-        }
+def two_ways(models: Path) -> dict[str, Case]:
+    return {
+        "hybrid": Case(models / "hybrid"),
+        "hybrid, all of it": Case(models / "hybrid", method="full"),
+        "computed again": Case(models / "hybrid", checkpointing="selective", steps=2),
+        "latent with dropout": Case(models / "four_ways", targets=EVERYTHING, dropout=0.3, steps=3),
+        "llama": Case(models / "llama", targets=("attention", "mlp", "head")),
+        "tied": Case(models / "llama_tied", method="full"),
+    }
+
+
+def four_ways(models: Path) -> dict[str, Case]:
     return {
         "latent with dropout": Case(models / "four_ways", targets=EVERYTHING, dropout=0.3, steps=2),
-        "latent, all of it": Case(models / "four_ways", method="full", steps=3),
+        "latent, all of it": Case(models / "four_ways", method="full", steps=2),
         "llama with dropout": Case(models / "llama", dropout=0.3, steps=2),
         "tied": Case(models / "llama_tied", method="full", steps=2),
     }
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_that_share_a_model_train_as_one(models, ranks):
-    alone = {name: take_steps(case) for name, case in cases(models, ranks).items()}
-    for (name, _), trace in in_processes(ranks, traces, cases(models, ranks), DEGREES[ranks]).items():
-        assert_same(trace, alone[name])
+def together(models: Path) -> dict[str, Case]:
+    return {
+        "with dropout": Case(models / "hybrid", dropout=0.3, steps=2),
+        "all of it": Case(models / "hybrid", method="full", steps=2),
+    }
 
 
-def test_what_ranks_say_to_each_other(models):
+def test_two_ranks_that_share_a_model_train_as_one(models):
+    for (name, _), trace in in_processes(2, traces, two_ways(models), [Degrees(tensor=2)]).items():
+        assert_same(trace, take_steps(two_ways(models)[name]))
+
+
+def test_four_ranks_that_share_a_model_train_as_one(models):
     """One all-reduce each way in a region; a loss of the router counts once; all ranks come to the same bits."""
-    met, aux, hidden = in_processes(4, what_is_said, models)
-    meetings, loss_in_training, loss_in_validation = met
+    found, (meetings, loss_in_training, loss_in_validation), aux, hidden = in_processes(4, four_ranks, models)
+    alone = {name: take_steps(case) for name, case in (four_ways(models) | together(models)).items()}
+    assert {name for name, _ in found} == alone.keys()
+    for (name, _), trace in found.items():
+        assert_same(trace, alone[name])
     tokens, supervised, width = 12, 9, 32
     assert len(meetings) == 2 * 3 + 5  # llama's and the hybrid's mixers
     assert all(sizes == ([tokens * width], [tokens * width]) for sizes in meetings.values()), meetings
     assert loss_in_training == [supervised, 2 * supervised, supervised * width]  # maximum, sums, gradient of what the head sees
     assert loss_in_validation == [supervised, 2 * supervised]
-    alone = gradients_of_balance(models, World())
-    for name, gradient in alone.items():
+    for name, gradient in gradients_of_balance(models, World()).items():
         assert (aux[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
     assert all(torch.equal(of_rank, hidden[0]) for of_rank in hidden)
+
+
+def four_ranks(models: Path):
+    found = traces(four_ways(models), [Degrees(tensor=4)])
+    with_others = [
+        Degrees(tensor=2, **others) for others in (dict(data=2), dict(data=2, expert=2), dict(shard=2), dict(context=2), dict(pipeline=2))
+    ]
+    found |= traces(together(models), with_others)
+    return found, *what_is_said(models)
 
 
 def what_is_said(models: Path):

@@ -50,8 +50,6 @@ def arrange(model: CausalLM, world: World) -> None:
         return
     share = Share(world.degrees.tensor, world.index("tensor"))
     hold(model, parts(model, share, with_experts=world.degrees.expert == 1))
-    if model.config.tie_word_embeddings:
-        model.tie_head()
     for module in model.modules():
         if isinstance(module, Mamba2):
             heads, groups = module.config.mamba_num_heads, module.config.n_groups
