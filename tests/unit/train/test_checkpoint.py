@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import copy
+import errno
 import logging
+import math
 import os
 import pickle
+import re
+import threading
 from dataclasses import replace
 
 import pytest
@@ -13,11 +19,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from toy_split import ToySplit
 
 from nemotune.data.loader import Loader
-from nemotune.errors import CheckpointError
+from nemotune.errors import CheckpointError, DiskFullError
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
 from nemotune.recipe import Lora, Train
-from nemotune.train import state
+from nemotune.train import checkpoint, state
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.optim import make_optimizer
 from nemotune.train.step import accumulate
@@ -155,3 +161,111 @@ def test_the_newest_is_that_of_the_most_steps_whatever_their_digits(layer, tmp_p
         checkpoints.save(*layer, Progress(step=step))
     checkpoints.wait()
     assert [path.name for path in checkpoints.directory.iterdir()] == ["step_1000000"] == [checkpoints.latest().name]
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Writing waits for this event."""
+    event, write = threading.Event(), checkpoint.write_blocks
+
+    def wait_and_write(*args, **options):
+        assert event.wait(30)
+        write(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "write_blocks", wait_and_write)
+    return event
+
+
+def moved(model, optimizer):
+    """Everything that a checkpoint holds of them is another than it was."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *(moment for state in optimizer.state.values() for moment in state.values())]:
+            tensor.add_(1.0)
+
+
+def test_what_is_trained_while_a_checkpoint_is_written_is_not_in_it(layer, tmp_path, slow):
+    model, optimizer = layer
+    before = [p.detach().clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict()["state"])
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(model, optimizer, Progress(step=1))
+    moved(model, optimizer)
+    assert not list(checkpoints.directory.glob("step_*"))
+    slow.set()
+    checkpoints.load(checkpoints.latest(), model, optimizer)
+    assert all(torch.equal(p, then) for p, then in zip(model.parameters(), before[0], strict=True))
+    states = optimizer.state_dict()["state"]
+    assert all(torch.equal(states[i][key], then) for i, state in before[1].items() for key, then in state.items())
+
+
+def test_a_checkpoint_that_is_copied_is_the_one_that_is_waited_for(layer, tmp_path, monkeypatch):
+    """To the byte, but for where and when it was written."""
+    files = []
+    for name, free in (("copied", math.inf), ("waited", 0.0)):
+        monkeypatch.setattr(checkpoint, "free_host_memory", lambda free=free: free)
+        checkpoints = Checkpoints(tmp_path / name, keep=1)
+        checkpoints.save(*layer, Progress(step=1))
+        assert free or (checkpoints.directory / "step_000001").is_dir(), "without memory for copies it is there at once"
+        path = checkpoints.latest()
+        files.append({file.name: file.read_bytes() for file in path.iterdir() if file.name != ".metadata"})
+    assert files[0] == files[1] and len(files[0]) == 2
+
+
+def test_an_error_in_the_background_stops_the_run(layer, tmp_path, monkeypatch):
+    def fails(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_blocks", fails)
+    said = rf"{tmp_path}/checkpoints/step_000001: the disk is full; nothing was left behind"
+    for found_by in (
+        Checkpoints.wait,
+        Checkpoints.latest,
+        lambda all_: all_.best(Progress()),
+        lambda all_: all_.save(*layer, Progress(step=2)),
+    ):
+        checkpoints = Checkpoints(tmp_path, keep=1)
+        checkpoints.save(*layer, Progress(step=1))
+        with pytest.raises(DiskFullError, match=said):
+            found_by(checkpoints)
+    checkpoints.save(*layer, Progress(step=1))
+    concurrent.futures.wait([checkpoints._writing])
+    with pytest.raises(DiskFullError, match=said):
+        checkpoints.check()
+    with pytest.raises(DiskFullError, match=said), checkpoints:
+        checkpoints.save(*layer, Progress(step=1))
+    with pytest.raises(KeyboardInterrupt), checkpoints:
+        checkpoints.save(*layer, Progress(step=1))
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost", "longer"])
+def test_a_damaged_file_is_found_before_anything_is_read(layer, tmp_path, damage):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(*layer, Progress(step=step))
+    checkpoints.wait()
+    [file] = (checkpoints.directory / "step_000003").glob("*.distcp")
+    size = file.stat().st_size
+    if damage == "lost":
+        file.unlink()
+    else:
+        os.truncate(file, size - 1 if damage == "cut" else size + 1)
+    (checkpoints.directory / "step_000002" / "trainer.json").write_text('{"st')
+    warnings = []
+    assert checkpoints.latest(warn=warnings.append).name == "step_000001"
+    what = "is missing" if damage == "lost" else rf"has {size + (-1 if damage == 'cut' else 1)} bytes, expected {size}"
+    assert re.fullmatch(rf"{checkpoints.directory}/step_000003: damaged \({file.name} {what}\), passed over", warnings[0])
+    assert warnings[1].startswith(f"{checkpoints.directory}/step_000002: damaged (") and len(warnings) == 2
+    assert not checkpoints.has(3) and checkpoints.has(1) and checkpoints.best(Progress(best_step=3)) is None
+    with Checkpoints(tmp_path, keep=1) as fewer:
+        fewer.save(*layer, Progress(step=4))
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["step_000002", "step_000003", "step_000004"], (
+        "and is not deleted"
+    )
+
+
+def test_what_a_killed_process_left_half_written_goes(layer, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    (checkpoints.directory / ".step_000007.partial").mkdir(parents=True)
+    checkpoints.save(*layer, Progress(step=1))
+    assert checkpoints.latest().name == "step_000001"
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["step_000001"]

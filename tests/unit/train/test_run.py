@@ -126,8 +126,11 @@ def test_checkpoints_that_lost_a_file_are_not_kept_in_place_of_whole_ones(train,
     with pytest.raises(KeyboardInterrupt):
         train(*settings, resume=True, doctor=interrupted_at(2))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000005", "step_000006", "step_000007"]
-    train(*settings, resume=True)
+    told = io.StringIO()
+    train(*settings, resume=True, console=Console(file=told, width=200))
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, 10))
+    said = [line for line in told.getvalue().splitlines() if "passed over" in line]
+    assert said == [f"{checkpoints / name}: damaged ({why} is missing), passed over" for name, why in (("step_000007", "trainer.json"), ("step_000006", "trainer.json"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("lost", ["trainer.json", ".metadata"])
