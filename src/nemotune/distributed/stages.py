@@ -13,8 +13,7 @@ from itertools import accumulate, pairwise
 from torch import nn
 
 from nemotune.distributed.world import World
-from nemotune.models import CausalLM
-from nemotune.models.config import NemotronHConfig
+from nemotune.models import CausalLM, LlamaConfig, NemotronHConfig, build_model
 from nemotune.models.layers import Elsewhere, GroupedLinear
 
 
@@ -41,14 +40,14 @@ def stages_of(model: CausalLM, stages: int) -> list[range]:
     return split(_work(model), stages)
 
 
-def describe_stages(model: CausalLM, stages: int) -> str:
-    """A line for each stage: its layers, and its share of the weights that a token meets in the whole `model`."""
-    work = _work(model)
+def describe_stages(config: NemotronHConfig | LlamaConfig, stages: int) -> str:
+    """A line for each stage: its layers, and its share of the weights that a token meets in the whole model of `config`."""
+    work = _work(build_model(config))
     lines = []
     for number, layers in enumerate(split(work, stages), 1):
         share = sum(work[layer] for layer in layers) / sum(work)
-        more = ["embeddings"] * (number == 1) + [f"layers {layers.start} to {layers.stop - 1}"] + ["head"] * (number == stages)
-        lines.append(f"pipeline stage {number} of {stages}: {', '.join(more)} ({share:.1%} of the weights that a token meets)")
+        held = ["embeddings"] * (number == 1) + [f"layers {layers.start}-{layers[-1]}"] + ["head"] * (number == stages)
+        lines.append(f"pipeline stage {number} of {stages}: {', '.join(held)}; {share:.1%} of the work")
     return "\n".join(lines)
 
 

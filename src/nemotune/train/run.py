@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from nemotune.data.loader import Loader
 from nemotune.data.split import Split
 from nemotune.distributed import Gradients, World, layouts_of, replicas
+from nemotune.distributed.stages import describe_stages
 from nemotune.distributed.world import ALONE, BATCHES, TOKENS
 from nemotune.errors import DataError
 from nemotune.lora import DropoutKeys
@@ -85,6 +86,8 @@ def run(
     set_activation_checkpointing(model, settings.activation_checkpointing)
     checkpoints = Checkpoints(run_dir, keep=settings.keep_checkpoints, layouts=layouts, world=world)
     progress = _resume(model, optimizer, checkpoints, console=console) if resume else Progress()
+    if world.degrees.pipeline > 1:
+        console.print(describe_stages(model.config, world.degrees.pipeline), highlight=False, soft_wrap=True)
     console.print(audit_precision(model, optimizer, recipe), highlight=False, soft_wrap=True)
     console.print(str(kernels(model.device, model.compute_dtype, model.config.head_dim)), highlight=False, soft_wrap=True, markup=False)
 
@@ -92,7 +95,7 @@ def run(
     metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step, silent=not world.is_first)
     held_out = Validation(model, validation, recipe, metrics=metrics, last_step=total_steps, world=world)
     held_out.begin(step=progress.step, console=console)
-    balance = Balance.of(model, settings, total=lambda summed: world.sum(summed, "pipeline", *TOKENS))
+    balance = Balance.of(model, settings, total=lambda summed: world.sum(summed, "pipeline", *TOKENS), copies=world.degrees.tensor)
     loop = Loop(
         model, recipe, loader=loader, total_steps=total_steps, parameters=parameters, optimizer=optimizer, checkpoints=checkpoints,
         progress=progress, metrics=metrics, held_out=held_out, deadline=deadline, keys=keys, balance=balance, gradients=gradients,

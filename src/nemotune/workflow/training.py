@@ -13,9 +13,10 @@ from rich.console import Console
 
 from nemotune.data.prepare import Prepared, prepare
 from nemotune.data.sources import require_sources
+from nemotune.distributed.stages import describe_stages
 from nemotune.engines import native
 from nemotune.errors import ConflictError
-from nemotune.models import load_tokenizer
+from nemotune.models import load_tokenizer, locate, read_config
 from nemotune.plan.cost import cost_line, coverage_table, estimate, flops_line
 from nemotune.plan.parallel import check_parallel
 from nemotune.recipe import Recipe
@@ -30,13 +31,16 @@ Engine = Callable[..., TrainResult]  # `native.train`, or what calls it elsewher
 
 
 def plan(recipe: Recipe, *, console: Console) -> None:
-    """What the recipe trains, what it holds in memory and how much a token is to compute."""
-    check_parallel(recipe)
+    """What the recipe trains, what it holds in memory, how much a token is to compute, and which layers go where."""
+    degrees = check_parallel(recipe)
     cost = estimate(recipe)
     if recipe.method == "lora":
         console.print(coverage_table(cost.coverage))
     console.print(cost_line(cost))
     console.print(flops_line(cost), highlight=False)
+    if degrees.pipeline > 1:
+        config = read_config(locate(recipe.model.path, recipe.model.revision, weights=False))
+        console.print(describe_stages(config, degrees.pipeline), highlight=False)
 
 
 def require_fit(recipe: Recipe, *, here: bool = True) -> None:

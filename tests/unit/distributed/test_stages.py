@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 from functools import partial
 from itertools import combinations, pairwise
 
 import pytest
 import torch
 from random_models import make
+from rich.console import Console
 
 from nemotune.distributed import World, arrange
 from nemotune.distributed.stages import describe_stages, split, stages_of
 from nemotune.errors import RecipeError
 from nemotune.lora import apply_lora, lora_modules
-from nemotune.models import build_model, load_model
+from nemotune.models import build_model, load_model, locate, read_config
 from nemotune.models.layers import Elsewhere
-from nemotune.recipe import Lora
+from nemotune.recipe import Lora, Train, load
 from nemotune.recipe.degrees import Degrees
 from nemotune.train.flops import Flops
+from nemotune.train.optim import make_optimizer
+from nemotune.train.step import update
+from nemotune.workflow.training import plan
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +60,9 @@ def test_the_head_counts_and_experts_as_far_as_a_token_meets_them(directories):
     work = [mamba, experts - unmet, attention, mlp, mamba, experts - unmet + config.vocab_size * config.hidden_size]
     assert stages_of(model, 2) == split(work, 2) == [range(3), range(3, 6)]
     share = sum(work[:3]) / sum(work)
-    assert describe_stages(model, 2) == (
-        f"pipeline stage 1 of 2: embeddings, layers 0 to 2 ({share:.1%} of the weights that a token meets)\n"
-        f"pipeline stage 2 of 2: layers 3 to 5, head ({1 - share:.1%} of the weights that a token meets)"
+    assert describe_stages(config, 2) == (
+        f"pipeline stage 1 of 2: embeddings, layers 0-2; {share:.1%} of the work\n"
+        f"pipeline stage 2 of 2: layers 3-5, head; {1 - share:.1%} of the work"
     )
 
 
@@ -102,6 +107,19 @@ def test_experts_are_offloaded_where_there_are_some(directories):
         model = stage(directories / "hybrid", index, 6, offload="experts")
         assert any(getattr(module, "lent", None) for module in model.modules()) == has_experts
         assert sum(isinstance(block, Elsewhere) for block in model.blocks) == 5
+
+
+def test_a_stage_that_trains_nothing_takes_its_steps():
+    optimizer = make_optimizer({}, Train())
+    update([], optimizer, learning_rate=1e-3, grad_norm=2.0, max_grad_norm=1.0)
+    assert [group["params"] for group in optimizer.param_groups] == [[]]
+
+
+def test_a_plan_tells_the_stages():
+    console = Console(file=io.StringIO(), width=200)
+    plan(load("quickstart", ["parallel.nproc=2", "parallel.pipeline=2"]), console=console)
+    told = describe_stages(read_config(locate(load("quickstart").model.path)), 2)
+    assert told in console.file.getvalue() and "stage 2 of 2: layers 4-5, head;" in told
 
 
 def adapted(model, targets):
