@@ -41,7 +41,7 @@ class Stage:
         return self.later == 0
 
     def train(self, rows: Iterable[Row], forward: Forward, *, turn_to: Callable[[Row], None]) -> None:
-        """Add the gradients of all `rows` to the parameters, in whose order forwards and backwards come.
+        """Add the gradients of all `rows` to the parameters; forwards and backwards come in the order of the rows.
 
         `turn_to(row)` is called before its forward, and again before its backward where other rows' forwards have come between.
         """
@@ -73,8 +73,10 @@ class Stage:
 
     def _room_for(self, row: Row | None) -> Tensor | None:
         """What comes in for `row`: its tokens in the first stage, else hidden states that are received in it."""
-        if row is None or self.before.rank is None:
-            return None if row is None else row.tokens_T
+        if row is None:
+            return None
+        if self.before.rank is None:
+            return row.tokens_T
         return torch.empty(row.tokens_T.shape[0], self.width, dtype=self.dtype, device=row.tokens_T.device)
 
 
