@@ -40,7 +40,7 @@ def two_ways(models: Path) -> dict[str, Case]:
     return {
         "hybrid": Case(models / "hybrid"),
         "hybrid, all of it": Case(models / "hybrid", method="full"),
-        "computed again": Case(models / "hybrid", checkpointing="selective", steps=2),
+        "computed again": Case(models / "llama", checkpointing="selective", steps=2),
         "latent with dropout": Case(models / "four_ways", targets=EVERYTHING, dropout=0.3, steps=3),
         "llama": Case(models / "llama", targets=("attention", "mlp", "head")),
         "tied": Case(models / "llama_tied", method="full"),
