@@ -19,6 +19,7 @@ from nemotune.models import build_model, load_model, locate, read_config
 from nemotune.models.layers import Elsewhere
 from nemotune.recipe import Lora, Train, load
 from nemotune.recipe.degrees import Degrees
+from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.flops import Flops
 from nemotune.train.optim import make_optimizer
 from nemotune.train.step import update
@@ -107,6 +108,21 @@ def test_experts_are_offloaded_where_there_are_some(directories):
         model = stage(directories / "hybrid", index, 6, offload="experts")
         assert any(getattr(module, "lent", None) for module in model.modules()) == has_experts
         assert sum(isinstance(block, Elsewhere) for block in model.blocks) == 5
+
+
+def test_nothing_is_kept_for_blocks_that_are_elsewhere(directories):
+    model, kept = stage(directories / "hybrid", 0), []
+    set_activation_checkpointing(model, "full")
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda value: value):
+        model.run_block(Elsewhere(), torch.ones(3, 32, requires_grad=True), None, None, None)
+    assert not kept
+
+
+def test_a_quantised_stage_is_the_quantised_models(directories):
+    held = [dict(stage(directories / "hybrid", index, 3, quantization="nf4").named_buffers()) for index in range(3)]
+    whole = dict(load_model(directories / "hybrid", dtype="float32", quantization="nf4").named_buffers())
+    assert {name for of_stage in held for name in of_stage} == whole.keys()
+    assert all(torch.equal(value, whole[name]) for of_stage in held for name, value in of_stage.items())
 
 
 def test_a_stage_that_trains_nothing_takes_its_steps():
