@@ -9,15 +9,20 @@ import torch
 import torch.distributed as dist
 from processes import in_processes
 from random_models import make
-from toy_steps import Case, assert_same, take_steps, traces, whole
+from toy_split import ToySplit
+from toy_steps import LENGTHS, PACKS, Case, assert_same, take_steps, traces, whole
 
-from nemotune.distributed import World, arrange, connect, layouts_of
+from nemotune.data.loader import Loader
+from nemotune.distributed import Gradients, World, arrange, connect, layouts_of, replicas
+from nemotune.distributed.world import BATCHES, TOKENS
 from nemotune.lora import apply_lora
 from nemotune.models import load_model
 from nemotune.ops.documents import Documents
 from nemotune.recipe import Lora
 from nemotune.recipe.degrees import Degrees
+from nemotune.train.balance import Balance
 from nemotune.train.health import Liveness
+from nemotune.train.step import accumulate
 
 TWO = [Degrees(data=2, expert=2)]
 ROW = Documents(torch.tensor([0, 12, 30], dtype=torch.int32), torch.device("cpu"))
@@ -64,12 +69,11 @@ def alone(cases):
 
 
 def test_two_processes_with_half_of_the_experts_train_as_one(cases, alone):
-    found, in_four_bits, unreached = in_processes(2, work_of_two, cases)
+    found, balanced, in_four_bits, unreached = in_processes(2, work_of_two, cases)
     for (name, _), trace in found.items():
         assert_same(trace, alone[name])
-    expected = adapted_in_four_bits(cases["latent"].directory, World())
-    for mine, theirs in zip(in_four_bits, expected, strict=True):
-        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert_near(balanced, balanced_routers(cases["all of it"].directory, World()))
+    assert_near(in_four_bits, adapted_in_four_bits(cases["latent"].directory, World()))
     assert [set(of_rank.values()) for of_rank in unreached] == [{2}, {4}]  # of four in each
 
 
@@ -77,9 +81,30 @@ def work_of_two(cases):
     world = World(TWO[0], rank=dist.get_rank())
     return (
         traces(cases, TWO),
+        balanced_routers(cases["all of it"].directory, world),
         adapted_in_four_bits(cases["latent"].directory, world),
         world.gather(experts_unreached(cases["skewed"].directory, world)),
     )
+
+
+def assert_near(found, expected):
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def balanced_routers(directory, world):
+    """The routers' gradients and biases after a step that balances them."""
+    model = load_model(directory, dtype="float32", trainable=True, arrange=partial(arrange, world=world)).train()
+    connect(model, world, None)
+    balance = Balance(model, rate=0.1, coef=1.0, total=lambda summed: world.sum(summed, *TOKENS))
+    hand = (world.index(*BATCHES), world.degree(*BATCHES))
+    loader = Loader(ToySplit(LENGTHS, packs=PACKS), global_batch_size=4, micro_batch_size=1, seed=0, hand=hand)
+    accumulate(model, loader.step(0), keys=None, seed=0, step=0, balance=balance, world=world)
+    parameters = dict(model.named_parameters())
+    Gradients(parameters, layouts_of(model), replicas=replicas(model), world=world).reduce()
+    balance.step()
+    gates = [block.mixer.gate for block in model.blocks if block.block_type == "moe"]
+    return [gate.weight.grad for gate in gates] + [gate.e_score_correction_bias for gate in gates]
 
 
 def adapted_in_four_bits(directory, world):
@@ -108,11 +133,14 @@ def adapted(directory, world, **options):
 
 
 def test_four_processes_with_experts_in_pairs_and_apart_and_beside_other_axes_train_as_one(cases, alone):
-    for (name, _), trace in in_processes(4, work_of_four, cases).items():
+    found, balanced = in_processes(4, work_of_four, cases)
+    for (name, _), trace in found.items():
         assert_same(trace, alone[name])
+    assert_near(balanced, balanced_routers(cases["all of it"].directory, World()))
 
 
 def work_of_four(cases):
     apart = {name: cases[name] for name in ("dropout", "latent, all of it", "skewed", "skewed and computed again")}
     beside = {name: cases[name] for name in ("latent", "skewed, all of it")}
-    return {**traces(apart, FOUR), **traces(beside, BESIDE)}
+    with_tensor = World(BESIDE[1], rank=dist.get_rank())
+    return {**traces(apart, FOUR), **traces(beside, BESIDE)}, balanced_routers(cases["all of it"].directory, with_tensor)
