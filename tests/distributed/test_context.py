@@ -187,7 +187,8 @@ def in_four(directory: Path, cases: dict[str, Case]) -> dict[str, Any]:
         "documents apart": of_documents(directory / "wide_heads", world),
         "computed again": of_blocks_computed_again(directory / "hybrid", world),
         "biases": biases_moved(directory / "hybrid", world),
-        "traces": traces(cases, [Degrees(context=4), Degrees(data=2, context=2)]),
+        "traces": traces(cases, [Degrees(context=4), Degrees(data=2, context=2)])
+        | traces({name: cases[name] for name in ["hybrid with dropout"]}, [Degrees(context=2, tensor=2)]),
     }
 
 
@@ -227,7 +228,7 @@ def test_two_pieces_train_as_whole_rows(cases, alone):
         assert_same(trace, alone[name])
 
 
-def test_four_pieces_and_two_of_two_rows_train_as_whole_rows(four, alone):
+def test_four_pieces_and_two_of_two_rows_or_of_half_the_heads_train_as_whole_rows(four, alone):
     for (name, _), trace in four["traces"].items():
         assert_same(trace, alone[name])
 
