@@ -14,12 +14,13 @@ from toy_split import ToySplit
 from nemotune.data.loader import Loader
 from nemotune.distributed import Gradients, World, arrange, connect, divide, layouts_of, replicas
 from nemotune.distributed.gradients import local
-from nemotune.distributed.world import BATCHES
+from nemotune.distributed.world import BATCHES, TOKENS
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
 from nemotune.recipe import Lora, Train
 from nemotune.recipe.degrees import Degrees
 from nemotune.train.activation import set_activation_checkpointing
+from nemotune.train.balance import Balance
 from nemotune.train.optim import make_optimizer
 from nemotune.train.step import accumulate, update, validation_loss
 
@@ -44,6 +45,7 @@ class Case:
     global_batch_size: int = 4
     checkpointing: str = "none"
     dtype: str = "float32"
+    is_balanced: bool = False
     targets: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     lengths: tuple[int, ...] = LENGTHS
@@ -88,15 +90,21 @@ def take_steps(case: Case, world: World | None = None) -> Trace:
         optimizer = make_optimizer(parameters, Train(learning_rate=case.learning_rate, weight_decay=0.1))
     split, hand = ToySplit(case.lengths, packs=case.packs), (world.index(*BATCHES), world.degree(*BATCHES))
     loader = Loader(split, global_batch_size=case.global_batch_size, micro_batch_size=1, seed=0, hand=hand)
+    balance = None
+    if case.is_balanced:
+        total = lambda summed: world.sum(summed, "pipeline", *TOKENS)  # noqa: E731
+        balance = Balance(model, rate=0.01, coef=0.1, total=total)
     losses, norms, first = [], [], {}
     for step in range(case.steps):
-        result = accumulate(model, loader.step(step), keys=keys, seed=3, step=step, world=world)
+        result = accumulate(model, loader.step(step), keys=keys, seed=3, step=step, balance=balance, world=world)
         gradients.reduce()
         if step == 0:
             first = whole({name: local(p.grad) for name, p in parameters.items() if p.grad is not None}, layouts, world)
         losses.append(result.loss)
         norms.append(gradients.norm())
         update(parameters.values(), optimizer, learning_rate=case.learning_rate, grad_norm=norms[-1], max_grad_norm=1.0)
+        if balance is not None:
+            balance.step()
     held_out = validation_loss(model, loader.step(0), world=world)
     return Trace(losses, norms, first, whole({name: local(p) for name, p in parameters.items()}, layouts, world), held_out)
 
