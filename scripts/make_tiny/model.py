@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from nemotune.data.loader import IGNORED, Batch
+from nemotune.distributed.gradients import gradient_norm
 from nemotune.models import CausalLM, load_model, save_model
 from nemotune.models.saving import copy_side_files
 from nemotune.recipe import Train
 from nemotune.train.optim import make_optimizer
 from nemotune.train.schedule import learning_rate
-from nemotune.train.step import accumulate, gradient_norm, update
+from nemotune.train.step import accumulate, update
 from scripts.make_tiny.tokenizer import VOCABULARY_SIZE
 
 CONFIG = {
