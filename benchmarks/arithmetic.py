@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from nemotune.distributed import World
-from nemotune.models import CausalLM
+from nemotune.distributed import World, layouts_of, replicas
+from nemotune.distributed.gradients import local
+from nemotune.models import CausalLM, NemotronHConfig, llama, nemotron_h
 from nemotune.models.base import Head
-from nemotune.models.layers import Embedding, GroupedLinear, Linear
-from nemotune.models.nemotron_h import MoE
+from nemotune.models.layers import AttentionCore, Embedding, GroupedLinear, Linear
+from nemotune.models.nemotron_h import Mamba2, MoE
 
 BF16, FP32 = 2, 4
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Steps of `rows` rows of `length` tokens, every second a target, on what this process of `world` holds of a model that computes in bf16."""
+    """Steps of `rows` rows of `length` tokens, every second but the first a target, on what this process of `world` holds of a model that computes in bf16."""
 
     model: CausalLM
     world: World
@@ -51,14 +52,10 @@ def expected_bytes(s: Setting) -> dict[str, int]:
 
 
 def _gradients(s: Setting) -> dict[str, int]:
-    """Once per step: what is trained and not divided by FSDP, in fp32; experts only where another process holds the same."""
-    d = s.world.degrees
-    if s.world.degree("data", "shard", "context") == 1:
-        return {}
+    """Once per step, in fp32: what is trained and another process holds too, having seen other tokens or computed other heads."""
+    d, layouts, outside = s.world.degrees, layouts_of(s.model), replicas(s.model)
     bytes_ = 0
     for name, parameter in s.model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         is_divided = s.method == "full" and d.shard > 1 and _is_matrix(s.model, name)
         of_expert = ".experts." in name and d.expert > 1
         copies = (
@@ -66,7 +63,9 @@ def _gradients(s: Setting) -> dict[str, int]:
             if is_divided
             else s.world.degree("data", "shard", "context") // (d.expert if of_expert else 1)
         )
-        bytes_ += FP32 * _held(parameter) if copies > 1 else 0
+        if name not in outside and (layouts[name].is_whole or of_expert):
+            copies *= d.tensor
+        bytes_ += FP32 * local(parameter).numel() if parameter.requires_grad and copies > 1 else 0
     return {"all_reduce": bytes_}
 
 
@@ -89,7 +88,18 @@ def _sharded_weights(s: Setting) -> dict[str, int]:
 
 
 def _tensor_regions(s: Setting) -> dict[str, int]:
-    return {}
+    """Per micro batch: hidden states of each mixer, forward and backward, and of the embeddings; what the loss says of supervised tokens."""
+    if s.world.degrees.tensor == 1:
+        return {}
+    mixers = sum(
+        isinstance(module, Mamba2 | MoE | nemotron_h.Attention | nemotron_h.MLP | llama.Attention | llama.MLP)
+        for module in s.model.modules()
+    )
+    mixers -= sum(isinstance(module, MoE) for module in s.model.modules())  # whose shared expert is no mixer of its own
+    passes = 2 * mixers - (s.method == "lora")  # before the first adapter nothing has a gradient
+    embedded = s.tokens * s.model.config.hidden_size * (FP32 if s.method == "full" else BF16)
+    loss = (s.length // 2 - 1) * (12 + s.model.config.hidden_size * BF16)
+    return {"all_reduce": s.num_micro_batches * (passes * s.hidden_bytes + embedded + loss)}
 
 
 def _sent_rows(s: Setting) -> dict[str, int]:
@@ -102,17 +112,33 @@ def _sent_rows(s: Setting) -> dict[str, int]:
 
 
 def _context(s: Setting) -> dict[str, int]:
-    return {}
+    """Per micro batch, a document: what a process is given of the pieces before its own, and the gradients that go back, mean of the processes."""
+    ranks, config = s.world.degrees.context, s.model.config
+    if ranks == 1:
+        return {}
+    before = s.length * (ranks - 1) / (2 * ranks)
+    attention = (
+        sum(isinstance(module, AttentionCore) for module in s.model.modules())
+        * before
+        * 2
+        * config.num_key_value_heads
+        * config.head_dim
+        * BF16
+    )
+    mamba = 0.0
+    if isinstance(config, NemotronHConfig):
+        halo = (ranks - 1) / ranks * (config.conv_kernel - 1) * config.conv_dim * BF16
+        states = (ranks - 1) / 2 * config.mamba_num_heads * (config.mamba_head_dim * config.ssm_state_size + 1) * FP32
+        mamba = sum(isinstance(module, Mamba2) for module in s.model.modules()) * (halo + states)
+    return {"all_to_all": round(2 * s.num_micro_batches * (attention + mamba))}
 
 
 def _stages(s: Setting) -> dict[str, int]:
-    return {}
+    """Per micro batch: hidden states over each cut, and their gradients back, mean of the stages."""
+    stages = s.world.degrees.pipeline
+    return {"send": s.num_micro_batches * 2 * s.hidden_bytes * (stages - 1) // stages}
 
 
 def _is_matrix(model: CausalLM, name: str) -> bool:
     module = model.get_submodule(name.rpartition(".")[0])
     return isinstance(module, Linear | GroupedLinear | Embedding) and name.endswith(".weight")
-
-
-def _held(parameter) -> int:
-    return getattr(parameter, "_local_tensor", parameter).numel()
