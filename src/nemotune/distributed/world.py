@@ -159,7 +159,9 @@ def start(degrees: Degrees) -> Iterator[World]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    found, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes: addresses of lost ones are in it
+    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt_{attempt}", found), rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(degrees, rank=dist.get_rank(), device=device)
     finally:
