@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from functools import partial
@@ -13,22 +14,25 @@ import torch
 import torch.distributed as dist
 from processes import in_processes
 from random_models import make
+from rich.console import Console
+from toy_loop import HELD_OUT, SETTINGS, SPLIT, rows
 from toy_split import ToySplit
 from toy_steps import LENGTHS, PACKS, TARGETS, Case
 
 from nemotune.data.loader import Loader
 from nemotune.distributed import Gradients, World, arrange, connect, divide, layouts_of, replicas
+from nemotune.distributed.gradients import local
 from nemotune.distributed.world import BATCHES
 from nemotune.lora import apply_lora
 from nemotune.models import load_model
-from nemotune.recipe import Lora, Train
+from nemotune.recipe import Lora, Train, load
 from nemotune.recipe.degrees import Degrees
-from nemotune.train import storage
+from nemotune.train import run, storage
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.optim import make_optimizer
 from nemotune.train.step import accumulate, update
 
-TWO = [Degrees(data=2), Degrees(shard=2), Degrees(tensor=2), Degrees(data=2, expert=2), Degrees(pipeline=2)]
+TWO = [Degrees(data=2), Degrees(shard=2), Degrees(context=2), Degrees(tensor=2), Degrees(data=2, expert=2), Degrees(pipeline=2)]
 FOUR = [Degrees(data=4), Degrees(shard=2, tensor=2)]
 SAVED, LAST, RATE = 3, 6, 1e-3
 
@@ -131,6 +135,50 @@ def test_a_checkpoint_is_resumed_by_any_number_of_processes(cases, tmp_path):
     files = sorted(path.stat().st_size for path in (tmp_path / "0-full" / "checkpoints").rglob("*.distcp"))
     [whole] = [path.stat().st_size for path in (tmp_path / "full" / "checkpoints").rglob("*.distcp")]
     assert len(files) == 2 and sum(files) < 1.1 * whole and files[1] < 1.5 * files[0], "each block once, by turns"
+
+
+def run_with_a_best(directory: Path, to: Path, world: World, *, resume: bool) -> tuple[str, list[str], list[dict], bool]:
+    """Four steps at a rate that spoils what two have learned: which weights are kept, what is told, metrics, whether they are the best's."""
+    model = load_model(
+        directory, dtype="float32", arrange=partial(arrange, world=world), ready=partial(divide, world=world, compute_dtype=torch.float32)
+    )
+    recipe = load("quickstart", (*SETTINGS, "train.max_steps=4", "train.eval_every=1", "train.learning_rate=1.0", "lora.dropout=0.0"))
+    keys = apply_lora(model, recipe.lora)
+    connect(model, world, keys)
+    told = io.StringIO()
+    given: Any = {"train": SPLIT, "validation": HELD_OUT, "run_dir": to, "keys": keys, "resume": resume}
+    result = run(model, recipe, **given, console=Console(file=told, width=300), world=world)
+    held = {name: local(p).detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    checkpoints = Checkpoints(to, keep=1, layouts=layouts_of(model), world=world)
+    best = min((row for row in rows(to, "eval") if row["step"]), key=lambda row: row["loss"])["step"]
+    path = checkpoints.best(Progress(best_step=best))
+    assert path is not None and best < 4, "not the last"
+    checkpoints.load(path, model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
+    is_best = all(torch.equal(local(p), held[name]) for name, p in model.named_parameters() if name in held)
+    return result.weights, told.getvalue().splitlines(), rows(to, "eval"), is_best and result.best_validation_loss is not None
+
+
+def run_twice(directory: Path, to: Path) -> list[Any]:
+    """A run, and its resuming where the newest checkpoint is damaged."""
+    found = []
+    for each in (Degrees(data=2), Degrees(tensor=2)):
+        world = World(each, rank=dist.get_rank())
+        where = to / str(world.degrees.tensor)
+        whole = run_with_a_best(directory, where, world, resume=False)
+        if world.is_first:
+            os.truncate(where / "checkpoints" / "step_000004" / "__1_0.distcp", 10)
+        world.barrier()
+        found.append((whole, run_with_a_best(directory, where, world, resume=True)))
+    return found
+
+
+def test_a_run_of_two_goes_on_from_the_newest_whole_checkpoint_and_keeps_the_best(cases, tmp_path):
+    for whole, resumed in in_processes(2, run_twice, cases["lora"].directory, tmp_path):
+        assert whole[0] == resumed[0] == "best" and whole[3] and resumed[3]
+        assert [line for line in resumed[1] if "step_000004: damaged (__1_0.distcp has 10 bytes, expected " in line]
+        assert len([line for line in resumed[1] if line.startswith("resumed after step ")]) == 1
+        assert [row["step"] for row in resumed[2]] == [row["step"] for row in whole[2]]
+        assert near([row["loss"] for row in resumed[2]], [row["loss"] for row in whole[2]])
 
 
 def killed_while_writing(case: Case, directory: Path) -> None:
