@@ -95,7 +95,7 @@ def run(
     metrics = Metrics(run_dir, recipe.logging.trackers, resume_step=progress.step, silent=not world.is_first)
     held_out = Validation(model, validation, recipe, metrics=metrics, last_step=total_steps, world=world)
     held_out.begin(step=progress.step, console=console)
-    balance = Balance.of(model, settings, total=lambda summed: world.sum(summed, "pipeline", *TOKENS), copies=world.degrees.tensor)
+    balance = Balance.of(model, settings, total=lambda summed: world.sum(summed, "pipeline", *TOKENS))
     loop = Loop(
         model, recipe, loader=loader, total_steps=total_steps, parameters=parameters, optimizer=optimizer, checkpoints=checkpoints,
         progress=progress, metrics=metrics, held_out=held_out, deadline=deadline, keys=keys, balance=balance, gradients=gradients,
