@@ -41,7 +41,7 @@ def main() -> None:
         start = time.time()
         calm = _start(Path(folder) / "calm", asked)
         if calm.wait():
-            sys.exit("the undisturbed run failed")
+            sys.exit(f"the undisturbed run failed:\n{(Path(folder) / 'calm.log').read_text()[-2000:]}")
         expected = _digests(Path(folder) / "calm")
         print(f"undisturbed: {time.time() - start:.0f} s", flush=True)
         for number in range(1, asked.times + 1):
