@@ -41,9 +41,8 @@ def main() -> None:
             for name, degrees in layouts.items()
         }
         figures = in_turn(contenders, rounds=asked.rounds)
-    tables = {"throughput": throughput(figures), "traffic": traffic(figures)}
-    path = save("scaling", {"figures": figures, "tables": tables}, packages=("torch",))
-    print("\n\n".join(tables.values()))
+    path = save("scaling", {"figures": figures, "table": throughput(figures), "told": traffic(figures)}, packages=("torch",))
+    print(throughput(figures), traffic(figures), sep="\n\n")
     print(f"wrote {path}", file=sys.stderr)
 
 
