@@ -27,7 +27,7 @@ from nemotune.train.step import accumulate
 TWO = [Degrees(data=2, expert=2)]
 ROW = Documents(torch.tensor([0, 12, 30], dtype=torch.int32), torch.device("cpu"))
 FOUR = [Degrees(data=4, expert=2), Degrees(data=4, expert=4)]
-BESIDE = [Degrees(data=2, shard=2, expert=4), Degrees(data=2, tensor=2, expert=2), Degrees(pipeline=2, data=2, expert=2)]
+BESIDE_TENSOR = Degrees(data=2, tensor=2, expert=2)
 
 
 def skewed():
@@ -132,7 +132,7 @@ def adapted(directory, world, **options):
     return model
 
 
-def test_four_processes_with_experts_in_pairs_and_apart_and_beside_other_axes_train_as_one(cases, alone):
+def test_four_processes_with_experts_in_pairs_and_apart_and_beside_tensor_ranks_train_as_one(cases, alone):
     found, balanced = in_processes(4, work_of_four, cases)
     for (name, _), trace in found.items():
         assert_same(trace, alone[name])
@@ -142,5 +142,5 @@ def test_four_processes_with_experts_in_pairs_and_apart_and_beside_other_axes_tr
 def work_of_four(cases):
     apart = {name: cases[name] for name in ("dropout", "latent, all of it", "skewed", "skewed and computed again")}
     beside = {name: cases[name] for name in ("latent", "skewed, all of it")}
-    with_tensor = World(BESIDE[1], rank=dist.get_rank())
-    return {**traces(apart, FOUR), **traces(beside, BESIDE)}, balanced_routers(cases["all of it"].directory, with_tensor)
+    with_tensor = World(BESIDE_TENSOR, rank=dist.get_rank())
+    return {**traces(apart, FOUR), **traces(beside, [BESIDE_TENSOR])}, balanced_routers(cases["all of it"].directory, with_tensor)

@@ -28,7 +28,7 @@ from nemotune.train.step import accumulate
 from nemotune.train.validation import Validation
 
 TWO_STAGES, FOUR_STAGES = Degrees(pipeline=2), Degrees(pipeline=4)
-BESIDE_OTHERS = [Degrees(pipeline=2, data=2), Degrees(pipeline=2, shard=2), Degrees(pipeline=2, tensor=2)]
+BESIDE_DATA = Degrees(pipeline=2, data=2)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ def test_two_stages_equal_one_process(cases, alone):
 
 def four(cases: dict[str, Case]) -> tuple[dict[tuple[str, Degrees], Trace], list[dict[str, Any]]]:
     dropped, full = ({name: cases[name]} for name in ("dropout, blocks computed again", "hybrid, all of it"))
-    found = traces(dropped, [FOUR_STAGES, *BESIDE_OTHERS]) | traces(full, [FOUR_STAGES, BESIDE_OTHERS[0]])
+    found = traces(dropped | full, [FOUR_STAGES, BESIDE_DATA])
     world = World(FOUR_STAGES, rank=dist.get_rank())
     return found, world.gather(watched_step(cases["hybrid"].directory, world))
 
 
-def test_four_stages_and_stages_beside_other_axes_equal_one_process(cases, alone):
+def test_four_stages_and_two_beside_data_ranks_equal_one_process(cases, alone):
     """Four stages have as many micro batches as they are, then one; two of them beside two data ranks have two, then one and a filler.
 
     Each of the four watches the routers of its own layers, of which two have none, and what is told is of all.

@@ -33,7 +33,6 @@ def alone(cases):
     return {name: take_steps(case) for name, case in cases.items()}
 
 
-@pytest.mark.parametrize("degrees", [(2, [Degrees(shard=2)]), (4, [Degrees(data=2, shard=2)])], ids=["shard", "data x shard"])
-def test_divided_weights_train_as_whole_ones(cases, alone, degrees):
-    for (name, _), trace in in_processes(degrees[0], traces, cases, degrees[1]).items():
+def test_divided_weights_train_as_whole_ones(cases, alone):
+    for (name, _), trace in in_processes(2, traces, cases, [Degrees(shard=2)]).items():
         assert_same(trace, alone[name], weights="AdamW" not in name)

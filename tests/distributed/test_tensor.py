@@ -56,13 +56,6 @@ def four_ways(models: Path) -> dict[str, Case]:
     }
 
 
-def together(models: Path) -> dict[str, Case]:
-    return {
-        "with dropout": Case(models / "hybrid", dropout=0.3, steps=2),
-        "all of it": Case(models / "hybrid", method="full", steps=2),
-    }
-
-
 def test_two_ranks_that_share_a_model_train_as_one(models):
     for (name, _), trace in in_processes(2, traces, two_ways(models), [Degrees(tensor=2)]).items():
         assert_same(trace, take_steps(two_ways(models)[name]))
@@ -71,7 +64,7 @@ def test_two_ranks_that_share_a_model_train_as_one(models):
 def test_four_ranks_that_share_a_model_train_as_one(models):
     """One all-reduce each way in a region; a loss of the router counts once; all ranks come to the same bits."""
     found, (meetings, loss_in_training, loss_in_validation), aux, hidden = in_processes(4, four_ranks, models)
-    alone = {name: take_steps(case) for name, case in (four_ways(models) | together(models)).items()}
+    alone = {name: take_steps(case) for name, case in four_ways(models).items()}
     assert {name for name, _ in found} == alone.keys()
     for (name, _), trace in found.items():
         assert_same(trace, alone[name])
@@ -87,10 +80,6 @@ def test_four_ranks_that_share_a_model_train_as_one(models):
 
 def four_ranks(models: Path):
     found = traces(four_ways(models), [Degrees(tensor=4)])
-    with_others = [
-        Degrees(tensor=2, **others) for others in (dict(data=2), dict(data=2, expert=2), dict(shard=2), dict(context=2), dict(pipeline=2))
-    ]
-    found |= traces(together(models), with_others)
     return found, *what_is_said(models)
 
 
