@@ -29,7 +29,7 @@ from nemotune.lora.targets import adaptable_modules
 from nemotune.models import build_model, config_json, load_model, load_tokenizer, parse_config, read_config
 from nemotune.models.loading import FAMILIES, UNUSED_PREFIXES
 from nemotune.ops.kernels import Kernels, kernels
-from nemotune.plan.cost import OPTIMIZER_BYTES
+from nemotune.plan.held import OPTIMIZER_BYTES
 from nemotune.recipe import Data, Lora, Train, load
 from nemotune.train import deadline, health, run
 from nemotune.train.balance import Balance

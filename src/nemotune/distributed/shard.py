@@ -53,6 +53,16 @@ def connect(model: CausalLM, world: World) -> None:
     register_fsdp_forward_method(model, "loss")
 
 
+def divided(model: CausalLM, world: World) -> set[nn.Parameter]:
+    """Which parameters of `model`, before adapters, `divide` and `connect` divide by rows, if they are called."""
+    if world.degrees.shard == 1:
+        return set()
+    found = set().union(*(_matrices(block, with_experts=world.degrees.expert == 1) for block in model.blocks))
+    if model.config.tie_word_embeddings:
+        return found
+    return found.union(model.embeddings.parameters(), model.lm_head.parameters())
+
+
 def _policy(compute_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 

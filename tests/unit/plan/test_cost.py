@@ -46,7 +46,11 @@ def test_lora_costs_frozen_weights_and_fp32_adapters(hybrid, optimizer, moments)
     apply_lora(model, recipe(hybrid, lora={"rank": 4}).lora)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert cost.trained_parameters == cost.coverage.parameters == trained
-    assert (cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes) == (held_bytes(model), 4 * trained, moments * trained)
+    assert (cost.held.weight_bytes, cost.held.gradient_bytes, cost.held.optimizer_bytes) == (
+        held_bytes(model),
+        4 * trained,
+        moments * trained,
+    )
 
 
 @pytest.mark.parametrize("variant", ["hybrid", "latent", "llama_biased", "llama_tied"])
@@ -57,7 +61,7 @@ def test_weights_cost_what_a_loaded_model_holds(tmp_path, variant, quantization)
     cost, model = estimate(asked), load_model(tmp_path / "hf", quantization=quantization)
     base_parameters = sum(p.numel() for p in load_model(tmp_path / "hf").parameters())
     apply_lora(model, asked.lora)
-    assert cost.weight_bytes == held_bytes(model) and cost.coverage.base_parameters == base_parameters
+    assert cost.held.weight_bytes == held_bytes(model) and cost.coverage.base_parameters == base_parameters
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -69,7 +73,7 @@ def test_offloaded_experts_cost_two_blocks_on_the_device_and_all_of_them_on_the_
     apply_lora(model, asked.lora)
     on_host = sum(t.nbytes for tensors in lender.host for t in tensors)
     buffers = sum(t.nbytes for buffer in lender.buffers for t in buffer.tensors)
-    assert (cost.host_bytes, cost.weight_bytes) == (on_host, held_bytes(model) - on_host + buffers) and buffers * 3 == on_host * 2
+    assert (cost.held.host_bytes, cost.held.weight_bytes) == (on_host, held_bytes(model) - on_host + buffers) and buffers * 3 == on_host * 2
     assert f"; experts in host memory {on_host / 1000:.1f} kB" in cost_line(cost)
 
 
@@ -81,7 +85,7 @@ def test_magnitudes_of_dora_are_counted(hybrid, quantization):
     apply_lora(held, asked.lora)
     outputs = 2 * 32 + 2 * 16 + 48 + 32
     plain = recipe(hybrid, lora={"rank": 4, "targets": ["attention", "mlp"]})
-    assert cost.trained_parameters == estimate(plain).trained_parameters + outputs and cost.weight_bytes == held_bytes(held)
+    assert cost.trained_parameters == estimate(plain).trained_parameters + outputs and cost.held.weight_bytes == held_bytes(held)
 
 
 @pytest.mark.skipif(not DATA, reason="NEMOTUNE_TEST_DATA is not set")
@@ -91,7 +95,7 @@ def test_nano_30b_at_four_bits_leaves_room_on_24_gb(tmp_path):
     lora = {"rank": 16, "targets": ["attention", "mamba", "shared_experts"]}
     cost = estimate(recipe(tmp_path, model={"path": str(tmp_path), "quantization": "nf4"}, lora=lora, train={"optimizer": "adamw_8bit"}))
     assert cost.coverage.base_parameters == 31_577_937_344
-    assert cost.total_bytes == 17_487_630_876  # 6.5 GB are left for activations
+    assert cost.held.total_bytes == 17_487_630_876  # 6.5 GB are left for activations
 
 
 @pytest.mark.skipif(not DATA, reason="NEMOTUNE_TEST_DATA is not set")
@@ -104,15 +108,15 @@ def test_nano_30b_with_its_experts_on_the_host_is_told(tmp_path):
         cost = estimate(
             recipe(tmp_path, model={"path": str(tmp_path), "quantization": quantization, "offload": "experts"}, lora=lora, train=train)
         )
-        assert f"{cost.total_bytes:,} bytes on the GPU and {cost.host_bytes:,} in host memory" in told
+        assert f"{cost.held.total_bytes:,} bytes on the GPU and {cost.held.host_bytes:,} in host memory" in told
 
 
 def test_full_tuning_costs_fp32_everywhere(hybrid):
     model = load_model(hybrid)
     parameters, buffers = (sum(t.numel() for t in tensors) for tensors in (model.parameters(), model.buffers()))
     cost = estimate(recipe(hybrid, method="full"))
-    assert cost.trained_parameters == parameters and cost.total_bytes == 16 * parameters + 4 * buffers
-    assert f"together {cost.total_bytes / 1000:,.1f} kB" in cost_line(cost)
+    assert cost.trained_parameters == parameters and cost.held.total_bytes == 16 * parameters + 4 * buffers
+    assert f"together {cost.held.total_bytes / 1000:,.1f} kB" in cost_line(cost)
 
 
 def test_a_config_is_enough_and_its_faults_are_told(tmp_path):
@@ -138,3 +142,35 @@ def test_a_token_s_operations_are_told(hybrid):
     assert flops_line(cost) == (
         f"A supervised token in a document of 90 takes {cost.flops_per_token / 1e9:.3g} GFLOP, forward and backward"
     )
+
+
+def held(path, **parallel):
+    return estimate(recipe(path, method="full", parallel=parallel)).held
+
+
+def test_one_of_several_processes_holds_what_the_degrees_leave_it(tmp_path):
+    """Full tuning: 16 bytes a parameter, whatever the division."""
+    make("hybrid").save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    alone, sizes = held(tmp_path), {name: p.numel() for name, p in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".mixer.experts." in name)
+    divided = {
+        name for name, p in model.named_parameters() if p.ndim > 1 and not any(word in name for word in ("conv1d", "mixer.gate.", "norm"))
+    }
+    assert held(tmp_path, nproc=2) == alone == held(tmp_path, nproc=2, context=2)
+    assert alone.total_bytes - held(tmp_path, nproc=2, expert=2).total_bytes == 16 * experts // 2
+    rows = sum(sizes[name] // 2 for name in divided)
+    assert alone.total_bytes - held(tmp_path, nproc=2, shard=2).total_bytes == 16 * rows
+    both = sum(sizes[name] // 2 for name in divided if ".mixer.experts." not in name) + experts // 2
+    assert alone.total_bytes - held(tmp_path, nproc=2, shard=2, expert=2).total_bytes == 16 * both
+    stage = held(tmp_path, nproc=2, pipeline=2)
+    assert alone.total_bytes / 2 <= stage.total_bytes < alone.total_bytes
+    assert held(tmp_path, nproc=2, tensor=2).total_bytes < 0.7 * alone.total_bytes
+
+
+def test_memory_of_several_processes_is_told_of_one(hybrid):
+    asked = recipe(hybrid, method="full", parallel={"nproc": 4, "shard": 2, "tensor": 2})
+    own, step = cost_line(estimate(asked)).splitlines()
+    assert own.startswith("Memory of one process of 4 (that which holds the most) before activations: weights ")
+    assert step.endswith(" more on a GPU before parallel.tensor=2 divides that")
+    assert cost_line(estimate(recipe(hybrid, parallel={"nproc": 4}))).endswith(" at its peak")
