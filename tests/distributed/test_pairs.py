@@ -37,6 +37,7 @@ def cases(tmp_path_factory) -> dict[str, Case]:
         "hybrid": Case(directory / "hybrid", dropout=0.3),
         "hybrid, all of it": Case(directory / "hybrid", method="full"),
         "hybrid, balanced": Case(directory / "hybrid", method="full", steps=3, is_balanced=True),
+        "llama": Case(directory / "llama"),
         "llama, all of it": Case(directory / "llama", method="full"),
     }
 

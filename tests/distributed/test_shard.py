@@ -13,17 +13,14 @@ from nemotune.recipe.degrees import Degrees
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> dict[str, Case]:
     directory = tmp_path_factory.mktemp("models")
-    for variant in ("hybrid", "llama", "llama_tied"):
+    for variant in ("hybrid", "llama_tied"):
         make(variant).save_pretrained(directory / variant)
     return {
         "hybrid": Case(directory / "hybrid", dropout=0.3, steps=2),
-        "hybrid, all of it": Case(directory / "hybrid", method="full"),
         "hybrid, computed again": Case(directory / "hybrid", method="full", steps=2, checkpointing="full"),
         "hybrid, AdamW": Case(directory / "hybrid", method="full", steps=3, optimizer="adamw", learning_rate=1e-3),
         "hybrid, in bf16": Case(directory / "hybrid", method="full", steps=1, dtype="bfloat16"),
         "hybrid, its head too": Case(directory / "hybrid", steps=3, targets=("lm_head", "experts")),
-        "llama": Case(directory / "llama"),
-        "llama, all of it": Case(directory / "llama", method="full"),
         "llama with one tensor for embeddings and head": Case(directory / "llama_tied", method="full", steps=3),
     }
 

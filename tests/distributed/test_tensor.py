@@ -38,8 +38,6 @@ def models(tmp_path_factory) -> Path:
 
 def two_ways(models: Path) -> dict[str, Case]:
     return {
-        "hybrid": Case(models / "hybrid"),
-        "hybrid, all of it": Case(models / "hybrid", method="full"),
         "computed again": Case(models / "llama", checkpointing="selective", steps=2),
         "latent with dropout": Case(models / "four_ways", targets=EVERYTHING, dropout=0.3, steps=3),
         "llama": Case(models / "llama", targets=("attention", "mlp", "head")),
