@@ -14,6 +14,8 @@ __all__ = [
     "RecipeError", "TrainingError", "UnsupportedError", "did_you_mean",
 ]  # fmt: skip
 
+AFTER_SIGNAL = "after a signal to end this process"  # a note on what a training met then, which another process may have caused
+
 
 class NemotuneError(Exception):
     """Base of all errors with a remedy."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nemotune.errors import NemotuneError, did_you_mean
+from nemotune.errors import AFTER_SIGNAL, NemotuneError, did_you_mean
 from nemotune.workflow import processes
 
 __all__ = ["guarded", "main"]
@@ -90,9 +90,14 @@ def guarded(application: typer.Typer) -> None:
         if stop.code == 130 and not processes.are_several():
             typer.echo("Interrupted. The same command with --resume goes on from the last checkpoint of a training run.", err=True)
         raise
-    except Exception:
-        if processes.are_several() and not (processes.first_to_fail_after_the_cause() or debug):
-            sys.exit(1)
+    except Exception as error:
+        if processes.are_several() and not debug:
+            if AFTER_SIGNAL in getattr(error, "__notes__", ()):
+                if processes.first_to_fail("1"):
+                    typer.echo(f"{type(error).__name__} {AFTER_SIGNAL}, as where another process is lost; --debug shows it.", err=True)
+                sys.exit(1)
+            if not processes.first_to_fail_after_the_cause():
+                sys.exit(1)
         raise
 
 

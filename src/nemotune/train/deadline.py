@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from nemotune.errors import RecipeError
+from nemotune.errors import AFTER_SIGNAL, RecipeError
 from nemotune.recipe import Recipe
 from nemotune.recipe.deadline import stop_time
 
@@ -49,9 +49,19 @@ class Deadline:
         if threading.current_thread() is not threading.main_thread():
             yield  # Python has handlers in the main thread alone
             return
-        before = signal.signal(number, lambda *_: self.come())
+        came: list[int] = []
+
+        def come(number: int, _: object) -> None:
+            came.append(number)
+            self.come()
+
+        before = signal.signal(number, come)
         try:
             yield
+        except Exception as error:
+            if came:
+                error.add_note(AFTER_SIGNAL)
+            raise
         finally:
             signal.signal(number, before)
 

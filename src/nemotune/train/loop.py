@@ -163,7 +163,8 @@ class Loop:
         step = self.progress.step
         if step == 0:
             raise TrainingError(
-                "train.deadline: no time is left for a first step (or SIGTERM came before it); name a later time, then start again with --overwrite"
+                "train.deadline: no time is left for a first step (or SIGTERM or a file `stop` came before it); name a later time, "
+                "then start again with --overwrite"
             )
         if self.liveness.steps:
             self.liveness.judge()

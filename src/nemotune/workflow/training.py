@@ -93,5 +93,6 @@ def train_prepared(
     place, is_cut = quote(str(run_dir)), result.ended == "stopped at the deadline"
     goes_on = "; `--resume` goes on" if is_cut else ""
     console.print(f"{result.ended} after {result.steps} steps; the {result.weights} weights are kept{goes_on}")
-    then = f"nemotune run {place} --resume" if is_cut else f"nemotune eval {place}" if alone else None
+    after = f"nemotune {'eval' if recipe.evaluate.tasks else 'report'} {place}"
+    then = f"nemotune run {place} --resume" if is_cut else after if alone else None
     wrote(console, run_dir / native.trained_name(recipe), then=then)

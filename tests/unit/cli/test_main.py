@@ -13,6 +13,7 @@ import pytest
 
 import nemotune
 from nemotune.cli.main import MODULES, VERBS, guarded
+from nemotune.errors import AFTER_SIGNAL
 from nemotune.recipe import builtin_names, dump, json_schema, load
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -175,3 +176,23 @@ def test_doctor_tells_machine_and_versions(command: Command) -> None:
     found = json.loads(command("doctor", "--json").stdout)
     assert found["nemotune"] == nemotune.__version__ and found["cpus"] >= 1 and found["memory_bytes"] > 2**30
     assert all(found["packages"].values())
+
+
+def test_what_a_process_meets_while_it_is_ended_among_others_is_told_in_a_line_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "attempt_0").mkdir()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "it")
+    monkeypatch.setattr("sys.argv", ["nemotune", "train"])
+
+    def lose(words: list[str]) -> None:
+        error = RuntimeError("Connection closed by peer")
+        error.add_note(AFTER_SIGNAL)
+        raise error
+
+    for rank in range(2):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / str(rank) / "error.json"))
+        with pytest.raises(SystemExit) as stop:
+            guarded(lose)
+        assert stop.value.code == 1
+    assert capsys.readouterr().err == f"RuntimeError {AFTER_SIGNAL}, as where another process is lost; --debug shows it.\n"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy_loop import Clock, rows
 
-from nemotune.errors import TrainingError
+from nemotune.errors import AFTER_SIGNAL, TrainingError
 from nemotune.train import checkpoint, health
 from nemotune.train.checkpoint import Checkpoints
 from nemotune.train.deadline import RECENT_STEPS, Deadline
@@ -226,3 +226,12 @@ def test_a_resumed_run_without_time_for_a_step_leaves_what_it_found(train, clock
     after, result = train("train.max_steps=4", resume=True, deadline=deadline)
     assert (result.steps, result.ended, clock.now) == (2, "stopped at the deadline", deadline.at - 1)
     assert all(torch.equal(tensor, trained(after)[name]) for name, tensor in trained(before).items())
+
+
+@pytest.mark.parametrize("is_ended", [True, False])
+def test_what_fails_after_the_signal_says_so(clock, is_ended):
+    with pytest.raises(RuntimeError, match="Connection closed by peer") as failed, Deadline(clock=clock).comes_with(signal.SIGTERM):
+        if is_ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer")
+    assert getattr(failed.value, "__notes__", []) == [AFTER_SIGNAL] * is_ended

@@ -162,6 +162,12 @@ def test_odd_paths_are_told_as_they_are_and_quoted_in_what_to_type_next(recipe, 
     assert lines[-1] == f"wrote {odd / 'adapter'}   next: nemotune eval '{odd}'"
 
 
+def test_a_training_with_nothing_to_evaluate_is_followed_by_its_report(recipe, tmp_path, trained_at_once, capsys):
+    plain = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"tasks": ()})})
+    stages.train(plain, resume=False, **options(tmp_path / "run", console=Console(width=400)))
+    assert capsys.readouterr().out.rstrip().endswith(f"next: nemotune report {tmp_path / 'run'}")
+
+
 def mine(directory):
     """A directory of the user's own with a file in it."""
     directory.mkdir(parents=True)
