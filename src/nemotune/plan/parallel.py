@@ -40,8 +40,8 @@ def require_fit(recipe: Recipe, degrees: Degrees, config: Config) -> None:
 
 
 def _misfits(degrees: Degrees, config: Config) -> Iterator[str]:
-    if wrong := _unfit_for_tensor(config, degrees.tensor):
-        nearest = _nearest(degrees.tensor, lambda degree: not _unfit_for_tensor(config, degree))
+    if wrong := _unfit_for_tensor(config, degrees.tensor, with_experts=degrees.expert == 1):
+        nearest = _nearest(degrees.tensor, lambda degree: not _unfit_for_tensor(config, degree, with_experts=degrees.expert == 1))
         yield f"parallel.tensor: got {degrees.tensor}, which does not divide the model's {', '.join(wrong)}; nearest that does: {nearest}"
     experts = _num_experts(config)
     if not experts and degrees.expert > 1:
@@ -53,14 +53,15 @@ def _misfits(degrees: Degrees, config: Config) -> Iterator[str]:
         yield f"parallel.pipeline: got {degrees.pipeline}, expected at most the model's {config.num_layers} layers"
 
 
-def _unfit_for_tensor(config: Config, degree: int) -> list[str]:
+def _unfit_for_tensor(config: Config, degree: int, *, with_experts: bool) -> list[str]:
     """The sizes of the model that cannot be split `degree` ways. Fewer key-value heads than ranks are held by several of them."""
-    unfit = [f"{name} ({size})" for name, size in _split_sizes(config) if size % degree]
+    unfit = [f"{name} ({size})" for name, size in _split_sizes(config, with_experts=with_experts) if size % degree]
     heads = config.num_key_value_heads
     return [*unfit, f"num_key_value_heads ({heads})"] if _has_attention(config) and heads % degree and degree % heads else unfit
 
 
-def _split_sizes(config: Config) -> Iterator[tuple[str, int]]:
+def _split_sizes(config: Config, *, with_experts: bool) -> Iterator[tuple[str, int]]:
+    """Experts that are divided among ranks keep their width."""
     yield "vocab_size", config.vocab_size
     if _has_attention(config):
         yield "num_attention_heads", config.num_attention_heads
@@ -70,7 +71,8 @@ def _split_sizes(config: Config) -> Iterator[tuple[str, int]]:
         yield "mamba_num_heads", config.mamba_num_heads
         yield "n_groups", config.n_groups
     if isinstance(config, NemotronHConfig) and "moe" in config.block_types:
-        yield "moe_intermediate_size", config.moe_intermediate_size
+        if with_experts:
+            yield "moe_intermediate_size", config.moe_intermediate_size
         yield "moe_shared_expert_intermediate_size", config.moe_shared_expert_intermediate_size
 
 
@@ -99,6 +101,11 @@ def _unbuilt(recipe: Recipe, degrees: Degrees, config: Config) -> Iterator[str]:
         yield (
             f"train.router_aux_loss_coef: the loss is that of whole documents, which parallel.context={degrees.context} divides; "
             "use train.router_aux_loss_coef=0 (train.router_bias_update_rate works), or parallel.context=1"
+        )
+    if recipe.method == "lora" and recipe.lora.dora and degrees.shard > 1:
+        yield (
+            f"lora.dora: DoRA needs whole rows of a weight when it begins, which parallel.shard={degrees.shard} divides; "
+            "use lora.dora=false, or parallel.shard=1 (more data ranks instead)"
         )
     if degrees.tensor > 1:
         yield from _unbuilt_for_tensor(recipe, config)

@@ -20,7 +20,8 @@ REAL = os.environ.get("NEMOTUNE_TEST_DATA")
 
 
 def config(variant: str) -> Any:
-    return parse_config(make(variant).config.to_dict())
+    found = make("hybrid", moe_intermediate_size=25) if variant == "odd_experts" else make(variant)
+    return parse_config(found.config.to_dict())
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -41,6 +42,7 @@ def told(degrees: Degrees, variant: str, **changes: Any) -> str:
         ("hybrid", Degrees(data=2, expert=2)),
         ("hybrid", Degrees(pipeline=6, shard=3, context=2, expert=6)),
         ("groups_equal_heads", Degrees(tensor=4)),
+        ("odd_experts", Degrees(data=2, tensor=2, expert=2)),  # which keep their width
         ("llama", Degrees(tensor=4)),  # 2 key-value heads: each is held by two ranks
         ("llama", Degrees(pipeline=3)),
         ("llama_tied", Degrees(pipeline=2)),  # frozen under LoRA
@@ -60,6 +62,7 @@ def test_degrees_that_fit_pass(variant: str, degrees: Degrees) -> None:
         ("llama", Degrees(tensor=5), "vocab_size (96), num_attention_heads (4), intermediate_size (64), num_key_value_heads (2); nearest that does: 4"),
         ("llama", Degrees(tensor=8), "num_attention_heads (4); nearest that does: 4"),
         ("wide_heads", Degrees(tensor=2), "n_groups (3)"),
+        ("odd_experts", Degrees(tensor=2), "parallel.tensor: got 2, which does not divide the model's moe_intermediate_size (25)"),
         ("hybrid", Degrees(data=4, expert=4), "parallel.expert: got 4, expected a divisor of the model's 6 experts; nearest: 3"),
         ("llama", Degrees(data=2, expert=2), "parallel.expert: got 2, and the model has no experts; set parallel.expert=1"),
         ("llama", Degrees(pipeline=4), "parallel.pipeline: got 4, expected at most the model's 3 layers"),
@@ -86,6 +89,7 @@ def test_all_that_does_not_fit_is_told_at_once() -> None:
         ("hybrid", Degrees(data=2, expert=2), {"model": {"path": "x", "offload": "experts"}}, "model.offload: experts cannot be lent and divided, got parallel.expert=2"),
         ("hybrid", Degrees(context=2), {"method": "full", "train": {"router_aux_loss_coef": 1e-4}}, "train.router_aux_loss_coef: the loss is that of whole documents, which parallel.context=2 divides"),
         ("llama", Degrees(tensor=2), {"lora": {"dora": True}}, "lora.dora: DoRA needs whole rows"),
+        ("llama", Degrees(shard=2), {"lora": {"dora": True}}, "lora.dora: DoRA needs whole rows of a weight when it begins, which parallel.shard=2"),
         ("llama_biased", Degrees(tensor=2), {}, "parallel.tensor: the model's output projections have biases (attention_bias, mlp_bias)"),
         ("llama_tied", Degrees(pipeline=2), {"method": "full"}, "parallel.pipeline: got 2, and the embeddings are tied"),
         ("llama", Degrees(tensor=2), {"lora": {"targets": ["attention", "embed_tokens"]}}, "lora.targets: embeddings are not adapted with parallel.tensor over 1"),
