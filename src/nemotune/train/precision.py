@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from nemotune.errors import TrainingError
 from nemotune.models import CausalLM
+from nemotune.models.layers import Elsewhere
 from nemotune.models.nemotron_h import Router
 from nemotune.models.quantize import quantized_parameters
 from nemotune.recipe import Recipe
@@ -118,7 +119,8 @@ def _line(model: CausalLM, routers: dict[str, Router], recipe: Recipe) -> str:
     if routers:
         parts.append(f"routers compute in fp32 and are {'frozen' if recipe.method == 'lora' else 'trained'}")
     moments = "fp32" if recipe.train.optimizer == "adamw" else "8 bits"
-    return f"precision: {'; '.join(parts)}; moments in {moments}"
+    is_whole = not model.layouts and not any(isinstance(module, Elsewhere) for module in model.modules())
+    return f"precision{'' if is_whole else ' of the part that the first process holds'}: {'; '.join(parts)}; moments in {moments}"
 
 
 def _named(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from rich.console import Console
 from torch import nn
 from toy_loop import interrupted_at
 
+from nemotune.distributed import World, arrange
 from nemotune.errors import TrainingError
 from nemotune.lora import apply_lora
 from nemotune.models import load_model, parse_config
 from nemotune.models.nemotron_h import Router
 from nemotune.ops import experts
 from nemotune.recipe import load
+from nemotune.recipe.degrees import Degrees
 from nemotune.train import run
 from nemotune.train.optim import make_optimizer
 from nemotune.train.precision import _narrow_product, audit_precision
@@ -47,6 +50,13 @@ def test_an_adapted_model_is_as_promised_and_says_so(adapted):
         f"precision: {trained:,} trained in fp32; {narrow:,} frozen in bfloat16; {wide:,} frozen in float32; "
         "A_log, D, dt_bias, e_score_correction_bias in fp32; routers compute in fp32 and are frozen; moments in fp32"
     )
+
+
+def test_a_part_of_a_model_is_called_one(hybrid_dir):
+    for degrees in (Degrees(tensor=2), Degrees(pipeline=2), Degrees(data=2, expert=2)):
+        model = load_model(hybrid_dir, arrange=partial(arrange, world=World(degrees)))
+        apply_lora(model, load("quickstart", ["lora.rank=2"]).lora)
+        assert audit(model).startswith("precision of the part that the first process holds: ")
 
 
 def test_four_bit_weights_are_counted(hybrid_dir):
