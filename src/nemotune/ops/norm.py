@@ -18,12 +18,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / rms(x) * weight` over the last dim, in the dtype of `x`."""
     if x.is_cuda and weight.dtype == x.dtype:  # one kernel, fp32 inside
         return F.rms_norm(x, weight.shape, weight, eps)
-    return _GatedGroupNorm.apply(x.flatten(0, -2), None, weight, 1, eps).view(x.shape)  # type: ignore[no-any-return]
+    return _over_rows(x, None, weight, num_groups=1, eps=eps)
 
 
 def gated_group_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, num_groups: int, eps: float) -> Tensor:
     """`x * silu(gate)`, then RMSNorm over each of `num_groups` equal parts of the last dim: the gate comes first."""
-    return _GatedGroupNorm.apply(x.flatten(0, -2), gate.flatten(0, -2), weight, num_groups, eps).view(x.shape)  # type: ignore[no-any-return]
+    return _over_rows(x, gate, weight, num_groups=num_groups, eps=eps)
+
+
+def _over_rows(x: Tensor, gate: Tensor | None, weight: Tensor, *, num_groups: int, eps: float) -> Tensor:
+    y: Tensor = _GatedGroupNorm.apply(x.flatten(0, -2), None if gate is None else gate.flatten(0, -2), weight, num_groups, eps)
+    return y if y.shape == x.shape else y.view(x.shape)  # FSDP warns of modules that return views
 
 
 class _GatedGroupNorm(torch.autograd.Function):

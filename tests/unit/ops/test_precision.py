@@ -28,7 +28,9 @@ def assert_rounded_once(got, exact):
 def test_rms_norm_of_bf16_is_rounded_once():
     x, weight = bf16(16, 512), bf16(512, seed=1)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    assert_rounded_once(rms_norm(x, weight, 1e-5), exact)
+    normed = rms_norm(x, weight, 1e-5)
+    assert_rounded_once(normed, exact)
+    assert not normed._is_view()  # of which FSDP warns
 
 
 def test_gated_group_rms_norm_of_bf16_is_rounded_once():
