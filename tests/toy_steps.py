@@ -106,6 +106,7 @@ def take_steps(case: Case, world: World | None = None) -> Trace:
         if balance is not None:
             balance.step()
     held_out = validation_loss(model, loader.step(0), world=world)
+    assert all(p is parameters[name] for name, p in model.named_parameters() if p.requires_grad), "as they were held before"
     return Trace(losses, norms, first, whole({name: local(p) for name, p in parameters.items()}, layouts, world), held_out)
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemotune.distributed.rows import Row
+from nemotune.distributed.shard import divide_again
 from nemotune.distributed.world import World
 from nemotune.models import CausalLM
 
@@ -34,7 +35,7 @@ class Stage:
         self.before = Link(ranks[at - 1] if at else None, group)
         self.after = Link(ranks[at + 1] if at + 1 < len(ranks) else None, group)
         self.later = len(ranks) - 1 - at
-        self.width, self.dtype = model.config.hidden_size, model.compute_dtype
+        self.width, self.dtype, self.model = model.config.hidden_size, model.compute_dtype, model
 
     @property
     def is_last(self) -> bool:
@@ -70,6 +71,7 @@ class Stage:
         """The forwards alone."""
         for row in rows:
             self.after.swap(forward(row, self.before.swap(None, self._room_for(row))), None)
+        divide_again(self.model)
 
     def _room_for(self, row: Row | None) -> Tensor | None:
         """What comes in for `row`: its tokens in the first stage, else hidden states that are received in it."""

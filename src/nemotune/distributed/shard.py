@@ -63,6 +63,12 @@ def divided(model: CausalLM, world: World) -> set[nn.Parameter]:
     return found.union(model.embeddings.parameters(), model.lm_head.parameters())
 
 
+def divide_again(model: CausalLM) -> None:
+    """After forwards without a backward, which would have done it: until then the head's parameter is the whole one."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def _policy(compute_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
