@@ -58,7 +58,15 @@ def test_two_stages_equal_one_process(cases, alone):
         assert_same(trace, alone[name])
 
 
+def sum_in_a_group_that_some_have() -> float:
+    """Over data ranks, of which those of the first stage alone have met before."""
+    world = World(BESIDE_DATA, rank=dist.get_rank())
+    world.make_groups([world.ranks("data")] if world.index("pipeline") == 0 else [])
+    return world.sum(torch.ones(()), "data").item()
+
+
 def four(cases: dict[str, Case]) -> tuple[dict[tuple[str, Degrees], Trace], list[dict[str, Any]]]:
+    assert sum_in_a_group_that_some_have() == 2
     dropped, full = ({name: cases[name]} for name in ("dropout, blocks computed again", "hybrid, all of it"))
     found = traces(dropped | full, [FOUR_STAGES, BESIDE_DATA])
     world = World(FOUR_STAGES, rank=dist.get_rank())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ class Gradients:
         for name in sorted(self.parameters):
             self.together.setdefault(self._same_part(name, held), []).append(name)
         if world.size > 1:
-            world.make_groups(self.together)
+            world.make_groups(ranks for ranks in self.together if len(ranks) > 1)
 
     def reduce(self) -> None:
         """Add up each parameter's gradient over the processes that hold the same part; one that is missing counts as zero."""
@@ -50,10 +51,7 @@ class Gradients:
             if len(ranks) == 1:
                 continue
             for bucket in _buckets([local(self._gradient(name)) for name in self.together[ranks]]):
-                flat = torch.cat([gradient.flatten() for gradient in bucket])
-                dist.all_reduce(flat, group=self.world.group_of(ranks))
-                for gradient, total in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-                    gradient.copy_(total.view_as(gradient))
+                _add_up(bucket, self.world.group_of(ranks))
 
     def norm(self) -> float:
         """The L2 norm of all gradients together, summed in fp64."""
@@ -89,6 +87,17 @@ def _squares(parameters: Iterable[nn.Parameter]) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """The values that this process holds of a tensor that FSDP may have divided."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _add_up(bucket: Sequence[Tensor], group: Any) -> None:
+    """Each of the tensors summed over `group`, in one call and in place. One alone, which may be large, is not copied."""
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        dist.all_reduce(bucket[0], group=group)
+        return
+    flat = torch.cat([tensor.flatten() for tensor in bucket])
+    dist.all_reduce(flat, group=group)
+    for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -34,7 +34,8 @@ class World:
     def __init__(self, degrees: Degrees | None = None, *, rank: int = 0, device: torch.device | str = "cpu"):
         self.degrees, self.rank, self.device = degrees or Degrees(), rank, torch.device(device)
         self.sizes = tuple(getattr(self.degrees, axis) for axis in AXES)
-        self._groups: dict[tuple[int, ...], Any] = {}
+        self._groups: dict[tuple[int, ...], Any] = {}  # all that there are, this process in them or not
+        self._asked: set[tuple[str, ...]] = set()
 
     @property
     def size(self) -> int:
@@ -74,17 +75,17 @@ class World:
     def group(self, *axes: str) -> Any:
         """The process group along these axes. Its first use makes it, which every process does at the same time."""
         ranks = self.ranks(*axes)
-        if ranks not in self._groups:
+        if axes not in self._asked:  # not: whether the ranks have a group, which may be so in some processes alone
+            self._asked.add(axes)
             self.make_groups([ranks])
         return self._groups[ranks]
 
     def make_groups(self, wanted: Iterable[tuple[int, ...]]) -> None:
-        """Make the process groups of these sets of ranks, this one in each. Every process calls it with its own, at the same time."""
+        """Make the process groups of these sets of ranks, this one in each, but for those that there are. Every process calls it with its own,
+        at the same time."""
         everyone = self.gather(sorted(set(wanted)))
-        for ranks in sorted({ranks for of_rank in everyone for ranks in of_rank}):
-            group = dist.new_group(list(ranks), timeout=PATIENCE)  # which all processes call, members or not
-            if self.rank in ranks:
-                self._groups[ranks] = group
+        for ranks in sorted({ranks for of_rank in everyone for ranks in of_rank} - self._groups.keys()):
+            self._groups[ranks] = dist.new_group(list(ranks), timeout=PATIENCE)  # which all processes call, members or not
 
     def group_of(self, ranks: tuple[int, ...]) -> Any:
         """One that `make_groups` has made."""
@@ -164,10 +165,8 @@ def start(degrees: Degrees) -> Iterator[World]:
     found, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes: addresses of lost ones are in it
     dist.init_process_group(backend, store=dist.PrefixStore(f"attempt_{attempt}", found), rank=rank, world_size=size, timeout=PATIENCE)
-    try:
-        yield World(degrees, rank=dist.get_rank(), device=device)
-    finally:
-        dist.destroy_process_group()
+    yield World(degrees, rank=dist.get_rank(), device=device)
+    dist.destroy_process_group()  # not after an error: NCCL would wait for what the others no longer take part in
 
 
 def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
