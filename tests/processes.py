@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,19 +17,16 @@ LIMIT = timedelta(seconds=120)  # after which a process that waits for another g
 
 def in_processes(count: int, function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)` in `count` processes with a process group around it; the first one's result, which torch.save can write."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "result.pt"
-        mp.spawn(_work, (count, port, path, function, args), nprocs=count)
+        mp.spawn(_work, (count, path, function, args), nprocs=count)
         return torch.load(path, weights_only=False)
 
 
-def _work(rank: int, count: int, port: int, path: Path, function: Callable[..., Any], args: tuple) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+def _work(rank: int, count: int, path: Path, function: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=LIMIT)
+    meeting = f"file://{path.with_name('meeting')}"  # not a port: one that is free may be taken before it is used
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count, timeout=LIMIT)
     try:
         result = function(*args)
         if rank == 0:
