@@ -163,6 +163,7 @@ class _Chunk:
         dweights_NQQ = torch.bmm(dy_NQP, self.u.transpose(0, 1).mT)
         dscores_GQQ = self.by_group_and_head(dweights_NQQ.mul_(decays_NQQ)).sum(1)
         self.by_group_and_head(dweights_NQQ).mul_(scores_G1QQ)
+        dweights_NQQ.diagonal(dim1=-2, dim2=-1).zero_()  # a token does not decay for itself: its term would leave its rounding
         da_QN = (dweights_NQQ.sum(-1) - dweights_NQQ.sum(-2)).T
         dB_GQS, dC_GQS = torch.bmm(dscores_GQQ.mT, self.C), torch.bmm(dscores_GQQ, self.B)
         dbefore_GSZ = None
@@ -176,6 +177,7 @@ class _Chunk:
             du_end_QNP = self.by_head(torch.bmm(self.B, dstate_GSZ)) * to_end_QN1
             dB_GQS.baddbmm_(self.by_group(self.u * to_end_QN1), dstate_GSZ.mT)
             from_end_QN = (du_end_QNP * self.u).sum(-1)
+            from_end_QN[-1] = 0  # as above
             da_QN = da_QN - from_end_QN
             da_QN[-1] += from_end_QN.sum(0)
             du_QNP += du_end_QNP

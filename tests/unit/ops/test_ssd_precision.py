@@ -64,3 +64,26 @@ def test_the_error_of_a_bf16_scan_is_that_of_mamba_ssm(tokens, dt_max, D):
     exact, _ = ssd_ref(x.float(), dt, A, B.float(), C.float(), D, documents)
     ours, _ = ssd(*inputs, documents, chunk_size=CHUNK)
     assert relative_rms(ours, exact) <= 1.01 * relative_rms(with_the_roundings_of_mamba_ssm(*inputs), exact)
+
+
+def dense(x, dt, A, B, C):
+    """One document's outputs as one matrix over its tokens, D being zero; in the dtype of all."""
+    B, C = (t.repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (B, C))
+    log_decay_NT = (dt * A).cumsum(0).T
+    between = (log_decay_NT.unsqueeze(-1) - log_decay_NT.unsqueeze(-2)).masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf)
+    return torch.einsum("nij,ins,jns,jn,jnp->inp", between.exp(), C, B, dt, x)
+
+
+def test_the_gradient_of_A_loses_little_to_sums_that_cancel():
+    """The mean over many rows tells it from luck."""
+    errors = []
+    for seed in range(24):
+        generator = torch.Generator().manual_seed(seed)
+        x, B, C, w = (torch.randn(90, *shape, generator=generator) for shape in ((4, 16), (2, 16), (2, 16), (4, 16)))
+        dt, A = F.softplus(torch.randn(90, 4, generator=generator)), -torch.rand(4, generator=generator).mul(1.5).exp()
+        A_N, exact_N = A.clone().requires_grad_(), A.double().requires_grad_()
+        y, _ = ssd(x, dt, A_N, B, C, torch.zeros(4), Documents(torch.tensor([0, 90], dtype=torch.int32)), chunk_size=8)
+        (y * w).sum().backward()
+        (dense(x.double(), dt.double(), exact_N, B.double(), C.double()) * w).sum().backward()
+        errors.append(((A_N.grad - exact_N.grad).abs().max() / exact_N.grad.abs().max()).item())
+    assert sum(errors) / len(errors) < 1.1e-6, sum(errors) / len(errors)
