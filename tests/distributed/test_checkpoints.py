@@ -158,8 +158,23 @@ def run_with_a_best(directory: Path, to: Path, world: World, *, resume: bool) ->
     return result.weights, told.getvalue().splitlines(), rows(to, "eval"), is_best and result.best_validation_loss is not None
 
 
+def stopped_by_a_signal_to_one(directory: Path, to: Path) -> list[tuple[str, int]]:
+    """How the run of each of two processes ended, the second of which alone is told to stop."""
+    world = World(Degrees(data=2), rank=dist.get_rank())
+    model = load_model(directory, dtype="float32", arrange=partial(arrange, world=world))
+    recipe = load("quickstart", (*SETTINGS, "train.max_steps=50"))
+    keys = apply_lora(model, recipe.lora)
+    connect(model, world, keys)
+    if world.rank == 1:
+        model.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    given: Any = {"train": SPLIT, "validation": None, "run_dir": to, "keys": keys, "resume": False}
+    result = run(model, recipe, **given, console=Console(quiet=True), world=world)
+    return world.gather((result.ended, result.steps))
+
+
 def run_twice(directory: Path, to: Path) -> list[Any]:
     """A run, and its resuming where the newest checkpoint is damaged."""
+    assert stopped_by_a_signal_to_one(directory, to / "signalled") == [("stopped at the deadline", 1)] * 2
     found = []
     for each in (Degrees(data=2), Degrees(tensor=2)):
         world = World(each, rank=dist.get_rank())

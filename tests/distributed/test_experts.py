@@ -21,7 +21,7 @@ from nemotune.ops.documents import Documents
 from nemotune.recipe import Lora
 from nemotune.recipe.degrees import Degrees
 from nemotune.train.balance import Balance
-from nemotune.train.health import Liveness
+from nemotune.train.health import Liveness, unreached_experts
 from nemotune.train.step import accumulate
 
 TWO = [Degrees(data=2, expert=2)]
@@ -69,12 +69,13 @@ def alone(cases):
 
 
 def test_two_processes_with_half_of_the_experts_train_as_one(cases, alone):
-    found, balanced, in_four_bits, unreached = in_processes(2, work_of_two, cases)
+    found, balanced, in_four_bits, reached = in_processes(2, work_of_two, cases)
     for (name, _), trace in found.items():
         assert_same(trace, alone[name])
     assert_near(balanced, balanced_routers(cases["all of it"].directory, World()))
     assert_near(in_four_bits, adapted_in_four_bits(cases["latent"].directory, World()))
-    assert [set(of_rank.values()) for of_rank in unreached] == [{2}, {4}]  # of four in each
+    assert [set(unreached_experts([of_rank]).values()) for of_rank in reached] == [{2}, {4}]  # of four in each
+    assert list(unreached_experts(reached).values()) == [6] * 4
 
 
 def work_of_two(cases):
@@ -83,7 +84,7 @@ def work_of_two(cases):
         traces(cases, TWO),
         balanced_routers(cases["all of it"].directory, world),
         adapted_in_four_bits(cases["latent"].directory, world),
-        world.gather(experts_unreached(cases["skewed"].directory, world)),
+        world.gather(experts_reached(cases["skewed"].directory, world)),
     )
 
 
@@ -116,14 +117,14 @@ def adapted_in_four_bits(directory, world):
     return [hidden_TD.detach(), *whole(parts, layouts_of(model), world).values()]
 
 
-def experts_unreached(directory, world):
-    """Module by module, how many of those that this process holds saw no gradient; it raises where one that did has none."""
+def experts_reached(directory, world):
+    """Module by module, which of those that this process holds saw a gradient; it raises where one that did has none."""
     model = adapted(directory, world).train()
     liveness = Liveness(model)
     model(torch.arange(30) * 7 % 96, ROW).square().sum().backward()
     liveness.check()
     liveness.judge()
-    return liveness.unreached()
+    return liveness.reached()
 
 
 def adapted(directory, world, **options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 
 import torch
@@ -68,9 +68,13 @@ class Liveness:
                 experts = (self.layers[name].first_expert + dead.nonzero()).flatten().tolist()[:8]
                 raise TrainingError(f"{name}: experts {experts} received gradient and their {which} has none after {self.steps} steps")
 
-    def unreached(self) -> dict[str, int]:
-        """Experts that no gradient reached while watched, counted by module: they keep the base's behaviour."""
-        return {name: int((~seen).sum()) for (name, which), seen in self.received.items() if which == "lora_B" and not seen.all()}
+    def reached(self) -> dict[str, dict[int, bool]]:
+        """Whether a gradient reached each expert that is here while it was watched, by module and by the expert's number in its layer."""
+        return {
+            name: dict(enumerate(seen.tolist(), self.layers[name].first_expert))
+            for (name, which), seen in self.received.items()
+            if which == "lora_B"
+        }
 
     def _dead(self, name: str, layer: LoRALayer) -> list[str]:
         checked = dict(layer.named_parameters(recurse=False))
@@ -96,6 +100,17 @@ class Liveness:
             output.register_hook(after_backward)
 
         return after_forward
+
+
+def unreached_experts(of_processes: Iterable[Mapping[str, Mapping[int, bool]]]) -> dict[str, int]:
+    """Experts that no gradient reached in any process while watched, counted by module: they keep the base's behaviour."""
+    reached: dict[str, dict[int, bool]] = {}
+    for by_module in of_processes:
+        for name, by_expert in by_module.items():
+            known = reached.setdefault(name, {})
+            known.update({expert: is_reached or known.get(expert, False) for expert, is_reached in by_expert.items()})
+    unreached = {name: sum(not is_reached for is_reached in by_expert.values()) for name, by_expert in reached.items()}
+    return {name: count for name, count in unreached.items() if count}
 
 
 def _saw_moved_tokens(layer: LoRAEmbedding) -> bool:

@@ -23,7 +23,7 @@ from nemotune.train.balance import Balance
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.deadline import Deadline
 from nemotune.train.flops import Flops, peak_tflops
-from nemotune.train.health import Liveness, SpikeGuard, require_finite
+from nemotune.train.health import Liveness, SpikeGuard, require_finite, unreached_experts
 from nemotune.train.memory import give_back_freed, peak_memory_bytes
 from nemotune.train.metrics import Metrics
 from nemotune.train.progress import StepBar
@@ -96,6 +96,8 @@ class Loop:
         if self.is_at_last or self.has_stopped_early:
             return False
         self.deadline.has_stopped = self.world.any(not self.deadline.leaves_time(**self._next_step()))
+        if self.deadline.has_stopped and self.deadline.at is None:
+            self.deadline.come()  # by a signal to another process
         return not self.deadline.has_stopped
 
     def take_step(self) -> Step:
@@ -174,7 +176,7 @@ class Loop:
 
     def say_what_was_seen(self) -> None:
         """Experts that nothing reached, and what validation has to say."""
-        if unreached := self.liveness.unreached():
+        if unreached := unreached_experts(self.world.gather(self.liveness.reached())):
             self.console.print(
                 f"experts that no gradient reached in the first steps: {sum(unreached.values())} in {len(unreached)} modules"
             )

@@ -53,7 +53,7 @@ class Validation:
     def measure(self, step: int) -> float:
         """The loss over all held-out rows; it and the load of the experts are written."""
         with self.experts.counting():
-            loss = validation_loss(self.model, self._batches(), world=self.world)
+            loss: float = self.world.agree(validation_loss(self.model, self._batches(), world=self.world))  # all decide by the same bits
         self.metrics.write("eval", step, loss=loss, perplexity=math.exp(min(loss, 700.0)))
         if self._loads:
             self._write_load(step)

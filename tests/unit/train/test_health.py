@@ -19,7 +19,7 @@ from nemotune.models import load_model
 from nemotune.recipe import Lora
 from nemotune.train import health
 from nemotune.train.activation import set_activation_checkpointing
-from nemotune.train.health import EXPERT_STEPS, Liveness, SpikeGuard, require_finite
+from nemotune.train.health import EXPERT_STEPS, Liveness, SpikeGuard, require_finite, unreached_experts
 from nemotune.train.step import accumulate
 from nemotune.weights import Layout
 
@@ -184,7 +184,17 @@ def test_experts_without_tokens_are_listed_and_are_no_error(adapted):
                 buffer[0] = buffer[1] = 99.0
     liveness = Liveness(adapted[0])
     watched(adapted, liveness, steps=EXPERT_STEPS)
-    assert set(liveness.unreached().values()) == {4} and len(liveness.unreached()) == 4
+    unreached = unreached_experts([liveness.reached()])
+    assert set(unreached.values()) == {4} and len(unreached) == 4
+
+
+def test_an_expert_is_reached_where_any_process_reached_it():
+    of_processes = [
+        {"a": {0: True, 1: False}},
+        {"a": {0: False, 1: False, 2: False}, "b": {4: False}},
+        {"b": {4: True, 5: False}, "c": {0: True}},
+    ]
+    assert unreached_experts(of_processes) == unreached_experts(of_processes[::-1]) == {"a": 2, "b": 1}
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])

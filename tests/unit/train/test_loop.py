@@ -12,15 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_split import ToySplit
 
 from nemotune.data.loader import Loader, batches
+from nemotune.distributed import World
 from nemotune.distributed.gradients import gradient_norm
 from nemotune.errors import UnsupportedError
 from nemotune.lora import apply_lora, lora_modules
 from nemotune.models import load_model
-from nemotune.recipe import Lora, Train
+from nemotune.recipe import Lora, Train, load
 from nemotune.train.activation import set_activation_checkpointing
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.optim import describe, make_optimizer
 from nemotune.train.step import accumulate, update, validation_loss
+from nemotune.train.validation import Validation
 
 SPLIT = ToySplit([30, 20, 25])
 TARGETS = ("attention", "mamba", "mlp", "shared_experts", "experts")
@@ -184,3 +186,20 @@ def test_patience_counts_evaluations_since_the_best():
     assert (progress.best_loss, progress.best_step) == (2.0, 4) and not progress.has_waited(2) and not progress.has_waited(None)
     assert progress.after_evaluation(2.5, better=False).has_waited(2)
     assert math.isclose(progress.after_evaluation(1.0, better=True).best_loss, 1.0)
+
+
+class Second(World):
+    """A process that hears from the first one."""
+
+    def agree(self, value):
+        return 1.25
+
+    def gather(self, value):
+        return [value]
+
+
+def test_what_a_validation_measured_is_said_by_the_first_process(adapted):
+    """Whether it is the best is decided in all, which would part if the last bits of theirs differed."""
+    metrics = SimpleNamespace(rows=list, write=lambda *_, **__: None)
+    held_out = Validation(adapted[0], SPLIT, load("quickstart"), metrics=metrics, last_step=1, world=Second())
+    assert held_out.measure(1) == 1.25
