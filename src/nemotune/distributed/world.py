@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from itertools import product
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -161,7 +163,29 @@ def start(degrees: Degrees) -> Iterator[World]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     found, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes: addresses of lost ones are in it
-    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt_{attempt}", found), rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=_fresh(found, rank, size), rank=rank, world_size=size, timeout=PATIENCE)
     yield World(degrees, rank=dist.get_rank(), device=device)
     dist.destroy_process_group()  # not after an error: NCCL would wait for what the others no longer take part in
+
+
+def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """The part of torchrun's `store` that this attempt alone has: it is one store over all restarts, addresses of processes that are gone in it.
+
+    Rank 0 names the part. It cannot tell who of those that asked is gone, so it answers all; each answer is read by who asked alone. torchrun's
+    own count of restarts would not do: each machine has its own.
+    """
+    own = uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"answers/{own}").decode()
+        store.set(f"{name}/{rank}", "here")
+        return dist.PrefixStore(name, store)
+    end = time.monotonic() + PATIENCE.total_seconds()
+    while missing := [other for other in range(1, size) if not store.check([f"{own}/{other}"])]:
+        if time.monotonic() > end:
+            raise TimeoutError(f"processes {missing} did not start within {PATIENCE}")
+        for other in missing:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answers/{store.get(f'asks/{other}').decode()}", own)
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)

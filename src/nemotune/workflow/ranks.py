@@ -35,8 +35,6 @@ def train(
         return
     require_nproc(process, recipe.parallel.nproc)
     end_with_parent()
-    is_again = process.restarts > 0
-    resume, overwrite = resume or is_again, overwrite and not is_again
     with process.silent_unless_first():
         if process.launch_dir is not None:
             _train_launched(recipe, process, process.launch_dir, run_dir=run_dir, resume=resume)
@@ -50,6 +48,7 @@ def _train_launched(recipe: Recipe, process: Process, launch_dir: Path, *, run_d
     """Train what the nemotune that started this process has prepared and opened, and let it know how that ended."""
     launch = read_json(launch_dir / "launch.json", remedy="start again")
     with start(check_parallel(recipe)) as world:
+        resume = resume or _is_again(process, world)
         result = _engine(recipe, run_dir, resume=resume, deadline=Stoppable(launch["deadline"], run_dir), world=world)
     if process.is_first:
         write_json(launch_dir / "result.json", asdict(result))
@@ -61,6 +60,8 @@ def _train_among_others(
     """Rank 0 does the whole stage; the others wait until it is about to train, and train with it."""
     deadline = Stoppable.of_run(recipe, run_dir, started=started)
     with start(check_parallel(recipe)) as world:
+        if _is_again(process, world):
+            resume, overwrite = True, False
 
         def engine(*_: Any, **__: Any) -> TrainResult:
             world.barrier()
@@ -79,6 +80,11 @@ def _train_among_others(
             )
         else:
             engine()
+
+
+def _is_again(process: Process, world: World) -> bool:
+    """Whether torchrun has started the processes again; where another machine lost one, this machine's torchrun counts no restart."""
+    return world.any(process.restarts > 0)
 
 
 def _engine(recipe: Recipe, run_dir: Path, *, resume: bool, deadline: Deadline, world: World) -> TrainResult:

@@ -35,7 +35,7 @@ def one_of_two(monkeypatch, tmp_path):
     """Makes this process one that torchrun started, in a world whose barrier is noted, with an engine that notes how it was called."""
     calls: list[Any] = []
     monkeypatch.setattr(ranks, "end_with_parent", lambda: calls.append("ends with its parent"))
-    world = SimpleNamespace(barrier=lambda: calls.append("barrier"))
+    world = SimpleNamespace(barrier=lambda: calls.append("barrier"), any=lambda said: said or "another" in calls)
     monkeypatch.setattr(ranks, "start", lambda degrees: contextlib.nullcontext(world))
 
     def train(recipe, prepared, *, world, run_dir, resume, deadline, console):
@@ -49,8 +49,8 @@ def one_of_two(monkeypatch, tmp_path):
 
     monkeypatch.setattr(native, "train", train)
 
-    def become(rank: int, *, restarts: int = 0, launch_dir=None):
-        calls.clear()
+    def become(rank: int, *, restarts: int = 0, launch_dir=None, another_restarted: bool = False):
+        calls[:] = ["another"] * another_restarted
         for name, value in {
             "RANK": rank,
             "WORLD_SIZE": 2,
@@ -84,8 +84,8 @@ def test_a_process_that_was_started_again_resumes_and_never_overwrites(recipe, t
     with pytest.raises(ConflictError, match="holds a run already"):
         stages.train(recipe, resume=False, **options(run_dir))
     leave_checkpoint(run_dir)
-    for rank in (0, 1):
-        calls = one_of_two(rank, restarts=1)
+    for rank, where in ((0, {"restarts": 1}), (1, {"restarts": 1}), (0, {"another_restarted": True})):  # each machine counts its own
+        calls = one_of_two(rank, **where)
         stages.train(recipe, resume=False, **options(run_dir, overwrite=True))
         assert calls[-1]["resume"]
         assert (run_dir / "checkpoints" / "step_000002").is_dir()
