@@ -9,7 +9,7 @@ quickstart: $(STAMP)
 
 # One thread a worker: the tests are small, and two workers with two threads each would fight for two cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Makes the built-in model and the quickstart's rows anew: about forty minutes on one core.
 tiny: $(STAMP)

@@ -95,7 +95,7 @@ def measure(directory: Path, mode: str, *, sequence: int, small: bool) -> dict[s
 
 
 def planned(cost: Cost) -> dict[str, float]:
-    return {"planned_held_gb": cost.weight_bytes / 1e9, "planned_step_gb": cost.peak_bytes / 1e9}
+    return {"planned_held_gb": cost.held.weight_bytes / 1e9, "planned_step_gb": cost.peak_bytes / 1e9}
 
 
 def resident_bytes(which: str) -> int:

@@ -95,6 +95,8 @@ class Setting:
 class Rows:
     """Packed rows of random tokens, as data/split.py gives them. Lengths are log-normal, the second half of each document is supervised."""
 
+    in_order = False
+
     def __init__(self, setting: Setting):
         random, sequence = np.random.RandomState(0), setting.sequence
         median = MEDIAN_LENGTH // (64 if setting.small else 1)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import torch.distributed as dist
 from processes import in_processes
 
-from benchmarks.models import CONFIGS
-from benchmarks.scaling_worker import measure
 from nemotune.distributed import World
 from nemotune.recipe.degrees import Degrees
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.models import CONFIGS
+from benchmarks.scaling_worker import measure
 
 SCALARS = 2048  # bytes of counts, losses, norms and the numbers of rows that experts are sent
 LAYOUTS = [

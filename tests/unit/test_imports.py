@@ -12,7 +12,20 @@ import pytest
 import nemotune
 
 SOURCE = Path(nemotune.__file__).parent
-OPTIONAL = ("bitsandbytes", "torchao", "peft", "fla", "flash_attn", "liger_kernel", "tensorboard", "wandb", "mlflow", "trl", "unsloth", "tiktoken")
+OPTIONAL = (
+    "bitsandbytes",
+    "torchao",
+    "peft",
+    "fla",
+    "flash_attn",
+    "liger_kernel",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "trl",
+    "unsloth",
+    "tiktoken",
+)
 
 
 def trees(*packages: str) -> Iterator[tuple[Path, ast.AST]]:
