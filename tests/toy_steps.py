@@ -45,6 +45,7 @@ class Case:
     global_batch_size: int = 4
     checkpointing: str = "none"
     dtype: str = "float32"
+    quantization: str = "none"
     is_balanced: bool = False
     targets: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
@@ -69,6 +70,7 @@ def take_steps(case: Case, world: World | None = None) -> Trace:
     model = load_model(
         case.directory,
         dtype=case.dtype,
+        quantization=case.quantization,
         trainable=case.method != "lora",
         arrange=partial(arrange, world=world),
         ready=partial(divide, world=world, compute_dtype=getattr(torch, case.dtype)),

@@ -100,7 +100,8 @@ class Travelled(Dispatch):
 
     def sorted_rows(self, x_TD: Tensor) -> Tensor:
         """The rows of all senders for the experts that are here, sorted by expert: [M, D]."""
-        return _ToExperts.apply(super().sorted_rows(x_TD if self.routes_all else x_TD[self.tokens]), self.order_M, self.lanes)
+        own_ND = super().sorted_rows(x_TD if self.routes_all else x_TD[self.tokens])
+        return _Travel.apply(own_ND, self.order_M, self.lanes, False)  # type: ignore[no-any-return]
 
     def of_tokens(self, values_T: Tensor) -> Tensor:
         """For each of those rows its token's value, from where its token is."""
@@ -108,7 +109,7 @@ class Travelled(Dispatch):
 
     def combine(self, y_MD: Tensor) -> Tensor:
         """The own tokens' rows, weighed and added up where they are: [T, D]. Tokens that another tensor rank routes are zero."""
-        y_TD = super().combine(_ToSenders.apply(y_MD, self.order_M, self.lanes))
+        y_TD = super().combine(_Travel.apply(y_MD, self.order_M, self.lanes, True))
         if self.routes_all:
             return y_TD
         whole_TD = y_TD.new_zeros(self.num_tokens, y_TD.shape[1])
@@ -120,37 +121,22 @@ class Travelled(Dispatch):
         return self.tokens.step == 1
 
 
-class _ToExperts(torch.autograd.Function):
-    """[N, D] sorted by the process of the expert, to [M, D] sorted by expert."""
+class _Travel(torch.autograd.Function):
+    """Rows to their experts, or back to their senders; each way is the other's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, order_M: Tensor, lanes: Lanes) -> Tensor:
-        ctx.lanes = lanes
+    def forward(ctx: Any, rows: Tensor, order_M: Tensor, lanes: Lanes, is_return: bool) -> Tensor:
+        ctx.lanes, ctx.is_return = lanes, is_return
         ctx.save_for_backward(order_M)
-        return _to_experts(x_ND, order_M, lanes)
+        return _travelled(rows, order_M, lanes, is_return)
 
     @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _to_senders(grad_MD, *ctx.saved_tensors, ctx.lanes), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return _travelled(grad, *ctx.saved_tensors, ctx.lanes, not ctx.is_return), None, None, None
 
 
-class _ToSenders(torch.autograd.Function):
-    """The way back, which is also each other's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y_MD: Tensor, order_M: Tensor, lanes: Lanes) -> Tensor:
-        ctx.lanes = lanes
-        ctx.save_for_backward(order_M)
-        return _to_senders(y_MD, order_M, lanes)
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _to_experts(grad_ND, *ctx.saved_tensors, ctx.lanes), None, None
-
-
-def _to_experts(x_ND: Tensor, order_M: Tensor, lanes: Lanes) -> Tensor:
-    return lanes.there(x_ND).index_select(0, order_M)
-
-
-def _to_senders(y_MD: Tensor, order_M: Tensor, lanes: Lanes) -> Tensor:
-    return lanes.back(y_MD.new_empty(y_MD.shape).index_copy_(0, order_M, y_MD))
+def _travelled(rows: Tensor, order_M: Tensor, lanes: Lanes, is_return: bool) -> Tensor:
+    """[N, D] sorted by the process of the expert, to [M, D] sorted by expert; or the other way."""
+    if is_return:
+        return lanes.back(rows.new_empty(rows.shape).index_copy_(0, order_M, rows))
+    return lanes.there(rows).index_select(0, order_M)

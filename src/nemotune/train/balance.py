@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nemotune.data.loader import FILLER
 from nemotune.errors import RecipeError
 from nemotune.models import CausalLM
 from nemotune.models.nemotron_h import Router
@@ -26,8 +27,6 @@ from nemotune.ops.documents import Documents
 from nemotune.ops.experts import Routing
 from nemotune.recipe import Train
 from nemotune.train.experts import routers
-
-FILLER = -1  # the number of a document that only keeps a process in step with the others
 
 
 def identity(summed: Tensor) -> Tensor:

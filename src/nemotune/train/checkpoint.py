@@ -81,8 +81,17 @@ class Checkpoints:
     `layouts` says which parts this process of `world` holds of the model's tensors, those that it does not name being whole.
     """
 
-    def __init__(self, run_dir: Path, *, keep: int, layouts: Mapping[str, Layout] | None = None, world: World = ALONE):
-        self.directory, self.keep, self.layouts, self.world = run_dir / "checkpoints", keep, layouts or {}, world
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep: int,
+        layouts: Mapping[str, Layout] | None = None,
+        world: World = ALONE,
+        say: Callable[[str], None] = lambda _: None,
+    ):
+        self.directory, self.keep, self.layouts, self.world, self.say = run_dir / "checkpoints", keep, layouts or {}, world, say
+        self._has_said = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._share: Mapping[str, set[Place]] | None = None
@@ -91,7 +100,8 @@ class Checkpoints:
     def save(self, model: CausalLM, optimizer: Optimizer, progress: Progress, *, during: AbstractContextManager[object] = NOTHING) -> None:
         """Copy what the checkpoint of `progress.step` holds, and begin to write it; when it is there, the oldest over `keep` go, but for the best.
 
-        An earlier one is waited for, and so is this one where the host has no memory for the copies. `during` lasts until all is written.
+        An earlier one is waited for, and so is this one where a host has no memory for the copies, which `say` is told once. `during` lasts
+        until all is written.
         """
         self.wait()
         if self._share is None:
@@ -100,10 +110,16 @@ class Checkpoints:
         with ExitStack() as stack:
             stack.enter_context(during)
             blocks = blocks_to_write(model, optimizer, self.layouts, self._share)
-            fits = 2 * sum(block.values.nbytes for block in blocks) < free_host_memory()
+            needed = sum(block.values.nbytes for block in blocks)
+            fits = not self.world.any(2 * needed >= free_host_memory())
             copies = [block.on_host() for block in blocks] if fits else blocks
             self._writing = self._thread.submit(self._write, copies, progress, stack.pop_all())
         if not fits:
+            if not self._has_said:
+                self.say(
+                    f"checkpoints are waited for: a copy of one, {needed / 1e9:.2f} GB a process, would take half of a host's free memory"
+                )
+                self._has_said = True
             self.wait()
 
     def wait(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nemotune.data.loader import Batch, Loader
+from nemotune.data.loader import Loader
 from nemotune.distributed import Gradients, World
 from nemotune.errors import TrainingError
 from nemotune.lora import DropoutKeys
@@ -42,17 +41,12 @@ class Step:
     warning: str | None
     seconds: float
     memory: int
-    flops: float  # of one process
+    flops: float  # of this process
     balance: dict[str, Tensor]
 
     @property
     def tokens_per_second(self) -> float:
         return self.result.tokens / self.seconds
-
-    @property
-    def model_tflops(self) -> float:
-        """TFLOP/s."""
-        return self.flops / self.seconds / 1e12
 
 
 @dataclass
@@ -120,7 +114,8 @@ class Loop:
             loads = self.balance.step() if self.balance else {}
         warning = self.spikes.check(self.loss, step=before + 1)
         self.progress = self.progress.after_step(result, usual_losses=self.spikes.usual, spikes=self.spikes.spikes)
-        seconds, flops = time.perf_counter() - started, self._flops(batches)
+        seconds = time.perf_counter() - started
+        flops = self.flops.of_batches(batches) / self.world.degrees.context  # what is held of the model computes pieces of rows
         return Step(result, rate, norm, warning, seconds=seconds, memory=peak_memory_bytes(), flops=flops, balance=loads)
 
     def record(self, step: Step, bar: StepBar) -> None:
@@ -131,12 +126,13 @@ class Loop:
             self.metrics.write("warning", now.step, message=step.warning)
             self.console.print(f"[yellow]step {now.step}: {step.warning}")
         if now.step % self.recipe.logging.every == 0 or now.step == 1 or self.is_at_last:
-            mfu = {"mfu": step.model_tflops / self.peak_tflops} if self.peak_tflops else {}
+            model_tflops = self._mean(step.flops) / step.seconds / 1e12
+            mfu = {"mfu": model_tflops / self.peak_tflops} if self.peak_tflops else {}
             self.metrics.write(
                 "train", now.step, epoch=now.step / self.loader.steps_per_epoch, loss=now.loss_sum / now.supervised_tokens,
                 learning_rate=step.learning_rate, grad_norm=step.grad_norm, tokens=now.tokens, supervised_tokens=now.supervised_tokens,
                 tokens_per_second=step.tokens_per_second, seconds=step.seconds, peak_memory_bytes=step.memory,
-                model_tflops=step.model_tflops, **mfu, **{name: value.item() for name, value in step.balance.items()},
+                model_tflops=model_tflops, **mfu, **{name: value.item() for name, value in step.balance.items()},
             )  # fmt: skip
             self.progress = now.after_row()
 
@@ -183,9 +179,8 @@ class Loop:
         if said := self.held_out.summary():
             self.console.print(said, highlight=False, soft_wrap=True)
 
-    def _flops(self, batches: Sequence[Batch]) -> float:
-        """Of the global batch, for each process: what it holds of the model computes its rows, or its pieces of them."""
-        own = self.flops.of_batches(batches) / self.world.degrees.context
+    def _mean(self, own: float) -> float:
+        """Over the processes."""
         return self.world.sum(torch.tensor(own, dtype=torch.float64).to(self.world.device), *AXES).item() / self.world.size
 
     def _next_step(self) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """The optimiser: AdamW with decoupled weight decay (arXiv 1711.05101), or its 8-bit form (arXiv 2110.02861) from a library that runs here.
 
 Decayed are the matrices: embeddings, head and router among them, as in megatron-core, and both factors of an adapter. Norms, biases, the
-per-head parameters of Mamba and DoRA's magnitudes are not, nor are convolutions, which megatron-core decays. LoRA+ (arXiv 2402.12354) is a matter of groups: that of the B has
-a multiple of the rate.
+per-head parameters of Mamba and DoRA's magnitudes are not, nor are convolutions, which megatron-core decays. LoRA+ (arXiv 2402.12354) is a
+matter of groups: that of the B has a multiple of the rate.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def run(
     if said := describe(optimizer):
         console.print(said)
     set_activation_checkpointing(model, settings.activation_checkpointing)
-    checkpoints = Checkpoints(run_dir, keep=settings.keep_checkpoints, layouts=layouts, world=world)
+    checkpoints = Checkpoints(run_dir, keep=settings.keep_checkpoints, layouts=layouts, world=world, say=console.print)
     progress = _resume(model, optimizer, checkpoints, console=console) if resume else Progress()
     if world.degrees.pipeline > 1:
         console.print(describe_stages(model.config, world.degrees.pipeline), highlight=False, soft_wrap=True)

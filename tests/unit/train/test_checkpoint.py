@@ -202,8 +202,11 @@ def test_a_checkpoint_that_is_copied_is_the_one_that_is_waited_for(layer, tmp_pa
     files = []
     for name, free in (("copied", math.inf), ("waited", 0.0)):
         monkeypatch.setattr(checkpoint, "free_host_memory", lambda free=free: free)
-        checkpoints = Checkpoints(tmp_path / name, keep=1)
-        checkpoints.save(*layer, Progress(step=1))
+        told: list[str] = []
+        checkpoints = Checkpoints(tmp_path / name, keep=1, say=told.append)
+        for _ in range(2):
+            checkpoints.save(*layer, Progress(step=1))
+        assert [line.partition(":")[0] for line in told] == ["checkpoints are waited for"] * (free == 0), "once"
         assert free or (checkpoints.directory / "step_000001").is_dir(), "without memory for copies it is there at once"
         path = checkpoints.latest()
         files.append({file.name: file.read_bytes() for file in path.iterdir() if file.name != ".metadata"})
