@@ -6,18 +6,27 @@ Every file and directory that nemotune leaves behind goes through here, so a ful
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nemotune.errors import ConflictError, DataError, DiskFullError, MissingFileError
 
-__all__ = ["atomic_file", "disk_full_is_readable", "partial_path", "read_json", "require_space", "staged_directory", "write_json"]
+__all__ = [
+    "atomic_file", "disk_full_is_readable", "partial_path", "read_json", "refuse_target", "require_space", "staged_directory", "sync", "sync_tree",
+    "take_place", "write_json",
+]  # fmt: skip
+EXCHANGE = {
+    "linux": ("renameat2", (-100,), 2),
+    "darwin": ("renameatx_np", (-2,), 2),
+}  # the call, AT_FDCWD, and RENAME_EXCHANGE or RENAME_SWAP
 
 
 @contextlib.contextmanager
@@ -28,7 +37,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         with disk_full_is_readable(path):
             yield aside
-            _sync(aside)
+            sync(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -40,10 +49,7 @@ def staged_directory(target: Path, *, overwrite: bool = False, needed_bytes: int
 
     Raises ConflictError where `target` exists and `overwrite` is false, DiskFullError where `needed_bytes` do not fit.
     """
-    if target.exists() and not overwrite:
-        raise ConflictError(f"{target}: already exists; choose another directory or pass --overwrite")
-    if target.exists() and not target.is_dir():
-        raise ConflictError(f"{target}: is a file, which --overwrite does not replace by a directory; choose another name")
+    refuse_target(target, overwrite=overwrite)
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     require_space(target.parent, needed_bytes)
@@ -53,15 +59,24 @@ def staged_directory(target: Path, *, overwrite: bool = False, needed_bytes: int
     try:
         with disk_full_is_readable(target):
             yield aside
-            for file in aside.rglob("*"):
-                if file.is_file():
-                    _sync(file)
-        _swap(aside, target)
+            sync_tree(aside)
+        take_place(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()  # only where nothing came of it: a directory in use is not empty
+
+
+def refuse_target(target: Path, *, overwrite: bool, is_file: bool = False) -> None:
+    """Raise ConflictError where `target` may not be written: it is there and `overwrite` is false, or a file where a directory is to be, or the reverse."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ConflictError(f"{target}: already exists; choose another {'name' if is_file else 'directory'} or pass --overwrite")
+    if is_file != target.is_file():
+        kinds = ("directory", "file") if is_file else ("file", "directory")
+        raise ConflictError(f"{target}: is a {kinds[0]}, which --overwrite does not replace by a {kinds[1]}; choose another name")
 
 
 def partial_path(target: Path) -> Path:
@@ -121,18 +136,39 @@ def _says_disk_full(error: Exception) -> bool:
     return str(error).endswith((f"(os error {errno.ENOSPC})", f"(os error {errno.EDQUOT})"))  # as Rust says it: tokenizers, safetensors
 
 
-def _swap(aside: Path, target: Path) -> None:
-    """Rename `aside` to `target`; an old `target` is moved away first and deleted last."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(aside, target)
-    shutil.rmtree(old, ignore_errors=True)
+def take_place(aside: Path, target: Path) -> None:
+    """Rename `aside`, a file or a directory, to `target`. What was there before is deleted last: at no moment is `target` half of anything."""
+    if target.is_dir():
+        if not _exchange(aside, target):
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+            os.replace(aside, target)
+            aside = old
+        sync(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(aside, target)
+        sync(target.parent)
 
 
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step, where the system and the file system can."""
+    name, at, flag = EXCHANGE.get(sys.platform, ("", (), 0))
+    call = getattr(ctypes.CDLL(None, use_errno=True), name, None) if name else None
+    return call is not None and call(*at, os.fsencode(one), *at, os.fsencode(other), flag) == 0
+
+
+def sync_tree(directory: Path) -> None:
+    """Have every file and directory under `directory` on the disk, itself too."""
+    for path in (*directory.rglob("*"), directory):
+        if path.is_file() or path.is_dir():
+            sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have the file, or the names in the directory, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

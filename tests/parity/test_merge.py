@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from nemotune.errors import CheckpointError, ConflictError, UnsupportedError
 from nemotune.export import merge as merging
-from nemotune.export.merge import merge, plan_merge
+from nemotune.export.merge import merge
+from nemotune.export.tuned import open_tuned
 from nemotune.lora import LoRAEmbedding, adapter, apply_lora, lora_modules, save_adapter
 from nemotune.lora.adapter import Adapter
 from nemotune.models import load_model
 from nemotune.recipe import Lora
-from nemotune.weights import WritePlan, write_checkpoint
+from nemotune.weights import WritePlan
 
 TOKENS = torch.randint(0, 96, (29,), generator=torch.Generator().manual_seed(1))
 BORDERS = torch.tensor([0, 29], dtype=torch.int32)
@@ -65,7 +66,7 @@ def test_merged_logits_equal_adapter_logits(variant, lora, tmp_path):
 def test_untouched_tensors_and_shards_keep_their_bytes(tmp_path):
     with_adapter(tmp_path, "hybrid", Lora(rank=4, alpha=8, targets=("attention", "experts")), dtype="bfloat16")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    plan = plan_merge(tmp_path / "base", tmp_path / "adapter")
+    tuned = open_tuned(tmp_path / "base", tmp_path / "adapter")
     files = {path.name for path in (tmp_path / "base").glob("*.safetensors")}
     assert files == {path.name for path in (tmp_path / "merged").glob("*.safetensors")} and len(files) > 1
     changed = 0
@@ -75,9 +76,9 @@ def test_untouched_tensors_and_shards_keep_their_bytes(tmp_path):
         for name, tensor in before.items():
             assert tensor.dtype == after[name].dtype
             same = torch.equal(tensor, after[name])
-            assert same == (name not in plan.updates), name
+            assert same == (name not in tuned.updates), name
             changed += not same
-    assert changed == len(plan.updates) == 4 + 2 * 2 * 6
+    assert changed == len(tuned.updates) == 4 + 2 * 2 * 6
 
 
 def test_a_merge_does_not_overwrite_unless_asked(tmp_path):
@@ -107,11 +108,11 @@ def test_a_wrong_shaped_adapter_is_named_and_leaves_nothing(tmp_path):
 def test_an_update_is_computed_in_fp32_and_rounded_once(tmp_path):
     with_adapter(tmp_path, "hybrid", ALL, dtype="bfloat16")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    plan = plan_merge(tmp_path / "base", tmp_path / "adapter")
+    tuned = open_tuned(tmp_path / "base", tmp_path / "adapter")
     rounded_twice = 0
-    for name, (module, expert) in plan.updates.items():
-        weight, (A, B) = plan.base.read(name), (t if expert is None else t[expert] for t in plan.adapter.pairs[module])
-        delta, got = 2.0 * B @ A, load_file(tmp_path / "merged" / plan.base.tensors[name].file)[name]
+    for name, (module, expert) in tuned.updates.items():
+        weight, (A, B) = tuned.base.read(name), (t if expert is None else t[expert] for t in tuned.adapter.pairs[module])
+        delta, got = 2.0 * B @ A, load_file(tmp_path / "merged" / tuned.infos[name].file)[name]
         assert torch.equal(got, (weight.float() + delta).bfloat16()), name
         rounded_twice += int((got != weight + delta.bfloat16()).sum())
     assert rounded_twice > 100, "weights that bf16 arithmetic would change"
@@ -143,7 +144,7 @@ def test_an_adapter_on_a_tied_head_is_refused(tmp_path):
 def test_a_merge_says_what_it_read_back(tmp_path):
     with_adapter(tmp_path, "hybrid", Lora(rank=4, targets=("attention", "mlp")), dtype="bfloat16")
     verified = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    everything = plan_merge(tmp_path / "base", tmp_path / "adapter").write.tensors
+    everything = tuple(open_tuned(tmp_path / "base", tmp_path / "adapter").infos.values())
     assert verified.updated == 4 + 2 and verified.untouched == len(everything) - 6
 
 
@@ -181,12 +182,12 @@ def test_dora_is_merged_in_bf16_rounded_once(tmp_path):
     """Up to where fp32 and fp64 round to neighbours: of a dozen bits more than bf16 keeps, under one weight in a thousand."""
     with_adapter(tmp_path, "hybrid", DORA, dtype="bfloat16")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    plan = plan_merge(tmp_path / "base", tmp_path / "adapter")
-    for name, (module, _) in plan.updates.items():
-        A, B = (t.double() for t in plan.adapter.pairs[module])
-        V = plan.base.read(name).double() + 2.0 * B @ A
-        exact = (plan.adapter.magnitudes[module].double() / V.norm(dim=1))[:, None] * V
-        got = load_file(tmp_path / "merged" / plan.base.tensors[name].file)[name]
+    tuned = open_tuned(tmp_path / "base", tmp_path / "adapter")
+    for name, (module, _) in tuned.updates.items():
+        A, B = (t.double() for t in tuned.adapter.pairs[module])
+        V = tuned.base.read(name).double() + 2.0 * B @ A
+        exact = (tuned.adapter.magnitudes[module].double() / V.norm(dim=1))[:, None] * V
+        got = load_file(tmp_path / "merged" / tuned.infos[name].file)[name]
         assert (got != exact.bfloat16()).float().mean() < 1e-3, name
 
 
@@ -194,14 +195,15 @@ def test_dora_is_merged_in_bf16_rounded_once(tmp_path):
 def test_a_byte_that_changed_on_its_way_is_never_called_done(tmp_path, monkeypatch, touched):
     with_adapter(tmp_path, "hybrid", Lora(rank=4, targets=("attention",)))
 
-    def write(directory, plan, read, done):
-        write_checkpoint(directory, plan, read, done=done)
-        file = next(info.file for info in plan.tensors if info.name == touched)
+    def write_index(directory, plan):
+        right(directory, plan)
+        file = tuned.infos[touched].file
         tensors = load_file(directory / file)
         tensors[touched].view(torch.uint8).flatten()[-1] ^= 4
         save_file(tensors, directory / file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(merging, "write_checkpoint", write)
+    right, tuned = merging.write_index, open_tuned(tmp_path / "base", tmp_path / "adapter")
+    monkeypatch.setattr(merging, "write_index", write_index)
     with pytest.raises(CheckpointError, match=touched.replace(".", r"\.")):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not list(tmp_path.glob("*merged*"))
@@ -210,9 +212,12 @@ def test_a_byte_that_changed_on_its_way_is_never_called_done(tmp_path, monkeypat
 def test_another_set_of_tensors_is_never_called_done(tmp_path, monkeypatch):
     with_adapter(tmp_path, "llama", Lora(rank=4))
 
-    def write(directory, plan, read, done):
-        write_checkpoint(directory, WritePlan(plan.tensors[:-1]), read, done=done)
+    right, write_index = merging.weight_files, merging.write_index
 
-    monkeypatch.setattr(merging, "write_checkpoint", write)
+    def without_the_last(plan):
+        return WritePlan(plan.tensors[:-1])
+
+    monkeypatch.setattr(merging, "weight_files", lambda plan, pieces: right(without_the_last(plan), pieces))
+    monkeypatch.setattr(merging, "write_index", lambda directory, plan: write_index(directory, without_the_last(plan)))
     with pytest.raises(CheckpointError, match="names, shapes and dtypes"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")

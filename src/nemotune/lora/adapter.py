@@ -8,13 +8,12 @@ does not name.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nemotune.errors import CheckpointError, MissingFileError
@@ -26,36 +25,56 @@ from nemotune.lora.targets import adaptable_modules, apply_lora, module_settings
 from nemotune.models.base import CausalLM
 from nemotune.models.disk_names import disk_pieces
 from nemotune.recipe import Lora
-from nemotune.weights import TensorInfo, WritePlan, write_checkpoint
+from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COPY = ".base_layer.weight"  # of embeddings and a head that are adapted: PEFT keeps the base's beside the adapter
+PAIRS_IN_MEMORY = 4  # the experts of one module are asked for one after the other, and its two modules in turn
+ROWS_AT_ONCE = 4096
 OUT_PROJ_NOTE = "PEFT refuses Mamba's out_proj, which this adapter has: it loads in nemotune and merges"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as read, by the name of the adapted module: A [..., rank, in] and B [..., out, rank], DoRA's magnitudes, what holds for it.
+    """An adapter on disk, by the name of the adapted module: A [..., rank, in] and B [..., out, rank], DoRA's magnitudes, what holds for it.
 
-    Embeddings are read as the linear layer of their weight [vocabulary, hidden]: their update is `B A` too.
+    A pair is read when it is asked for. Embeddings are read as the linear layer of their weight [vocabulary, hidden]: their update is `B A` too.
     """
 
     lora: Lora
-    pairs: dict[str, tuple[Tensor, Tensor]]
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
     magnitudes: dict[str, Tensor]
     settings: dict[str, Lora]
 
-    def delta(self, module: str, expert: int | None = None) -> Tensor:
-        """What is added to a module's weight (to one expert's), fp32."""
+    def delta(self, module: str, expert: int | None = None, rows: slice = slice(None)) -> Tensor:
+        """What is added to (those rows of) a module's weight, or of one expert's, fp32."""
         A, B = self.pairs[module] if expert is None else (t[expert] for t in self.pairs[module])
-        return B.float() @ A.float() * scale(self.settings[module])
+        return (B[rows].float() @ A.float()).mul_(scale(self.settings[module]))
 
-    def updated(self, weight: Tensor, module: str, expert: int | None = None) -> Tensor:
-        """The weight as the adapter makes it, fp32; the lengths of DoRA's rows are summed in fp64."""
-        updated = weight.float() + self.delta(module, expert)
+    def updated(self, weight: Tensor, module: str, expert: int | None = None, *, start: int = 0) -> Tensor:
+        """The weight (or that of one expert) as the adapter makes it, fp32; given are its rows from `start` on. DoRA's rows are measured in fp64."""
+        rows = slice(start, start + len(weight))
+        updated = weight.float() + self.delta(module, expert, rows)
         if module not in self.magnitudes:
             return updated
-        return updated * gains(self.magnitudes[module], updated).float()
+        return updated * gains(self.magnitudes[module][rows], updated).float()
+
+
+class _Pairs(Mapping[str, tuple[Tensor, Tensor]]):
+    """Pairs that are read when they are asked for; the last few are kept."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], tuple[Tensor, Tensor]]]):
+        self._readers = readers
+        self._read = lru_cache(PAIRS_IN_MEMORY)(lambda name: readers[name]())
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
 
 
 def gains(magnitude: Tensor, updated: Tensor) -> Tensor:
@@ -110,52 +129,56 @@ def read_adapter(directory: Path, model: CausalLM) -> Adapter:
     for file in (CONFIG, WEIGHTS):
         if not (directory / file).is_file():
             raise MissingFileError(f"{directory / file}: no such file; expected an adapter directory as PEFT writes it")
-    config, tensors = read_peft_config(directory / CONFIG), _read_tensors(directory / WEIGHTS)
+    config, source = read_peft_config(directory / CONFIG), open_tensors(directory)
+    left = dict(source.tensors)
     named = named_modules(config, model)
     refuse_shared_embeddings(named, model)
-    pairs, magnitudes, problems = {}, {}, [f"target_parameters: '{name}' are no experts" for name in unplaced_parameters(config, model)]
+    readers, magnitudes, problems = {}, {}, [f"target_parameters: '{name}' are no experts" for name in unplaced_parameters(config, model)]
     for name in named:
         module, keys = model.get_submodule(name), peft_keys(name, named, model)
         expected = _flat_shapes(module, config.rank_of(spellings(name, model)), dora=config.use_dora)
-        found = {which: _take(tensors, [key + SUFFIXES[which] for key in keys]) for which in expected}
-        got = {which: tuple(tensor.shape) for which, tensor in found.items() if tensor is not None}
+        found = {which: _take(left, [key + SUFFIXES[which] for key in keys]) for which in expected}
+        got = {which: info.shape for which, info in found.items() if info is not None}
         if missing := expected.keys() - got.keys():
             problems.append(f"{name}: {CONFIG} names it, {WEIGHTS} has no {min(missing)} of it")
         elif got != expected:
             parts = "A, B and magnitude" if config.use_dora else "A and B"
             problems.append(f"{name}: got {parts} of {tuple(got.values())}, expected {tuple(expected.values())}")
         else:
-            A, B, *_ = found.values()
-            pairs[name] = _unflattened(A, B, module)
-            if config.use_dora:
-                magnitudes[name] = found["lora_magnitude_vector"]
-        copied = _take(tensors, [key + COPY for key in keys])
-        if copied is not None and not _is_of_the_base(copied, name, model):
+            A, B, *magnitude = (info.name for info in found.values() if info)
+            readers[name] = partial(_read_pair, source, A, B, module)
+            if magnitude:
+                magnitudes[name] = source.read(*magnitude)
+        copied = _take(left, [key + COPY for key in keys])
+        if copied is not None and not _is_of_the_base(source.read(copied.name), name, model):
             problems.append(f"{name}: {WEIGHTS} has a weight of it that is not the base's")
-    problems += [f"{key}: no module that {CONFIG} names has this tensor" for key in tensors]
-    if problems or not pairs:
+    problems += [f"{key}: no module that {CONFIG} names has this tensor" for key in left]
+    if problems or not readers:
         listed = "\n  ".join(problems[:8] or [f"{CONFIG} names no module of it"])
         more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{directory}: does not fit {model.family}:\n  {listed}{more}\nCheck that adapter and base belong together")
     lora = config.lora({name: spellings(name, model) for name in named})
-    return Adapter(lora, pairs, magnitudes, module_settings(named, lora))
+    return Adapter(lora, _Pairs(readers), magnitudes, module_settings(named, lora))
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(path)
-    except (ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); copy the adapter again") from error
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+def open_tensors(directory: Path) -> Checkpoint:
+    """The tensors of the adapter in `directory`, every value of them finite. Raises CheckpointError."""
+    source = Checkpoint(directory, files=(WEIGHTS,))
+    bad = [name for name in source.tensors if not all(rows.isfinite().all() for rows in source.slices(name, ROWS_AT_ONCE))]
+    if bad:
         raise CheckpointError(
-            f"{path}: {len(bad)} of {len(tensors)} tensors hold values that are not finite, first {bad[0]}; "
+            f"{directory / WEIGHTS}: {len(bad)} of {len(source.tensors)} tensors hold values that are not finite, first {bad[0]}; "
             "copy the adapter again, or train it with a lower train.learning_rate"
         )
-    return tensors
+    return source
 
 
-def _take(tensors: dict[str, Tensor], keys: list[str]) -> Tensor | None:
-    return next((tensors.pop(key) for key in keys if key in tensors), None)
+def _read_pair(source: Checkpoint, A: str, B: str, module: nn.Module) -> tuple[Tensor, Tensor]:
+    return _unflattened(source.read(A), source.read(B), module)
+
+
+def _take(left: dict[str, TensorInfo], keys: list[str]) -> TensorInfo | None:
+    return next((left.pop(key) for key in keys if key in left), None)
 
 
 def _is_of_the_base(copied: Tensor, name: str, model: CausalLM) -> bool:

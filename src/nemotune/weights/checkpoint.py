@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,19 +42,20 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """The weights of one model directory, in the order of its shards.
+    """The weights of one model directory, in the order of its shards; or those of `files` in it, where they have other names.
 
     Raises MissingFileError where there is no shard or one of the index is missing, CheckpointError where a shard
     cannot be read or holds other names than the index says.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, files: Sequence[str] = ()):
         self.directory = Path(directory)
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, int] = {}  # of the first byte of each tensor in its file
-        for file in self._shard_files():
+        for file in files or self._shard_files():
             self._read_header(file)
-        self._check_index()
+        if not files:
+            self._check_index()
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -29,6 +30,14 @@ class WritePlan:
     def num_bytes(self) -> int:
         return sum(info.num_bytes for info in self.tensors)
 
+    @cached_property
+    def by_file(self) -> dict[str, list[TensorInfo]]:
+        """The tensors of each shard."""
+        files: dict[str, list[TensorInfo]] = {}
+        for info in self.tensors:
+            files.setdefault(info.file, []).append(info)
+        return files
+
     @classmethod
     def in_shards(cls, tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> WritePlan:
         """A plan for (name, safetensors dtype, shape) in order, cut into shards of at most `max_shard_bytes`."""
@@ -47,21 +56,24 @@ def write_checkpoint(
     directory: Path, plan: WritePlan, read: Callable[[TensorInfo], torch.Tensor], *, done: Callable[[int], None] = lambda _: None
 ) -> None:
     """Write every tensor of `plan` into `directory`; `read` gives each one, `done` is told the bytes of each one written."""
-    by_file: dict[str, list[TensorInfo]] = {}
-    for info in plan.tensors:
-        by_file.setdefault(info.file, []).append(info)
-    for file, tensors in by_file.items():
+    for file, tensors in plan.by_file.items():
         with (directory / file).open("wb") as shard:
-            shard.write(_header(tensors))
+            shard.write(header(tensors))
             for info in tensors:
                 shard.write(_bytes(read(info), info))
                 done(info.num_bytes)
-    if len(by_file) > 1:
+    write_index(directory, plan)
+
+
+def write_index(directory: Path, plan: WritePlan) -> None:
+    """Write the file that says which shard has which tensor, where there are several."""
+    if len(plan.by_file) > 1:
         index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": {info.name: info.file for info in plan.tensors}}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _header(tensors: list[TensorInfo]) -> bytes:
+def header(tensors: Sequence[TensorInfo]) -> bytes:
+    """What a shard of `tensors` begins with."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for info in tensors:

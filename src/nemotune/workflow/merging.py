@@ -9,8 +9,9 @@ from rich.console import Console
 
 from nemotune.data.progress import progress
 from nemotune.errors import ConflictError, MissingFileError, UnsupportedError
-from nemotune.export.merge import merge as merge_files
 from nemotune.export.merge import plan_merge
+from nemotune.export.stream import write
+from nemotune.export.tuned import open_tuned
 from nemotune.models import locate
 from nemotune.recipe import Recipe
 from nemotune.workflow.messages import say, wrote
@@ -35,13 +36,14 @@ def merge(
     if dry_run and not any(base.glob("*.safetensors")):
         say(console, f"would download the weights of {recipe.model.path} and write {target}")
         return
-    planned = plan_merge(base, adapter)
-    size = f"{planned.write.num_bytes / 1e9:.2f} GB, {len(planned.updates)} of {len(planned.write.tensors)} tensors updated"
+    tuned = open_tuned(base, adapter)
+    plan = plan_merge(tuned)
+    size = f"{plan.num_bytes / 1e9:.2f} GB, {len(tuned.updates)} of {len(tuned.infos)} tensors updated"
     if dry_run:
         say(console, f"would write {target}: {size}")
         return
-    with progress("merging", total=planned.write.num_bytes) as advance:
-        verified = merge_files(base, adapter, target, overwrite=overwrite, done=advance)
+    with progress("merging", total=plan.num_bytes) as advance:
+        verified = write(plan, target, overwrite=overwrite, done=advance)
     say(console, f"merged: {size}")
     say(console, f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")
     if recipe.model.quantization == "nf4":

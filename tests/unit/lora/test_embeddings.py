@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nemotune.errors import UnsupportedError
-from nemotune.export.merge import plan_merge
+from nemotune.export.tuned import open_tuned
 from nemotune.lora import DropoutKeys, LoRAEmbedding, apply_lora, coverage, load_adapter, lora_modules, save_adapter
 from nemotune.models import build_model, load_model, read_config
 from nemotune.recipe import Lora
@@ -124,7 +124,7 @@ def test_embeddings_that_the_head_shares_are_refused_in_training_loading_and_mer
     with pytest.raises(UnsupportedError, match=told):
         load_adapter(load_model(tmp_path / "tied"), tmp_path / "adapter")
     with pytest.raises(UnsupportedError, match=told):
-        plan_merge(tmp_path / "tied", tmp_path / "adapter")
+        open_tuned(tmp_path / "tied", tmp_path / "adapter")
 
 
 def test_they_are_saved_under_the_keys_of_peft(tmp_path):

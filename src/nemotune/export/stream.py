@@ -1,0 +1,259 @@
+"""The one way in which an export is written: planned from headers, streamed aside, verified, renamed.
+
+A plan says which files there will be and which pieces each consists of. Pieces are made in threads, a few ahead of what is written, in order:
+memory is a few pieces, whatever the model's size. They lie in `.NAME.partial/` until all are there, read back and on the disk; a journal
+beside them says how far they are, so that whoever writes the same next goes on from there. What a format's bytes are is in the other modules.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from nemotune.errors import ConflictError, DiskFullError, NemotuneError
+from nemotune.files import disk_full_is_readable, partial_path, refuse_target, require_space, sync_tree, take_place
+
+Report = TypeVar("Report")
+Buffer = bytes | memoryview
+Piece = Callable[[], Buffer]  # makes some of a part's bytes, in a thread of its own; torch has one thread there
+Ends = Mapping[str, list[int]]  # file -> where each of its parts ends
+
+THREADS = min(16, os.cpu_count() or 1)
+SYNC_BYTES = 256_000_000  # at most so many are written anew after a loss of power
+JOURNAL = "journal"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of bytes of a file, mostly a tensor; `num_bytes` is what they come to, and `is_exact` whether that is known before they are made."""
+
+    name: str
+    num_bytes: int
+    pieces: Callable[[], Sequence[Piece]]
+    is_exact: bool = True
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to write, by its name in the target; where the target is one file, the name does not matter."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+
+def _nothing(directory: Path, ends: Ends) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Plan(Generic[Report]):
+    """What an export writes. `identity` (JSON) is all that decides the bytes: what is read (`fingerprint`) and the options.
+
+    `finish` adds the small files to the staged directory; `verify` reads back what is staged and raises CheckpointError where it is wrong.
+    """
+
+    identity: Mapping[str, Any]
+    files: tuple[OutputFile, ...]
+    verify: Callable[[Path], Report]
+    finish: Callable[[Path, Ends], None] = field(default=_nothing)
+    is_file: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+
+def write(plan: Plan[Report], target: Path, *, overwrite: bool = False, done: Callable[[int], None] = lambda _: None) -> Report:
+    """Carry out `plan` as `target`, which is absent, or as it was, until it is whole. `done` is told the bytes as they are written.
+
+    Raises ConflictError where `target` exists and `overwrite` is false, or where another process writes it; DiskFullError before the
+    first byte where they will not fit; and whatever `plan.verify` finds.
+    """
+    refuse_target(target, overwrite=overwrite, is_file=plan.is_file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = partial_path(target)
+    content = staging / target.name
+    place = {file.name: content if plan.is_file else content / file.name for file in plan.files}
+    with disk_full_is_readable(target, left=_what_is_left(staging)), _Journal(staging, plan.identity, place) as journal:
+        _require_space(plan, journal)
+        if not plan.is_file:
+            content.mkdir(exist_ok=True)
+        with ThreadPoolExecutor(THREADS, initializer=partial(torch.set_num_threads, 1)) as pool:
+            try:
+                for file in plan.files:
+                    _write_file(place[file.name], file, journal, pool, done)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        plan.finish(staging if plan.is_file else content, journal.ends)
+        try:
+            report = plan.verify(content)
+        except NemotuneError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        if not plan.is_file:
+            sync_tree(content)
+        take_place(content, target)
+        shutil.rmtree(staging, ignore_errors=True)
+    return report
+
+
+def fingerprint(*paths: Path) -> list[list[Any]]:
+    """Which files, or directories of files, are read: names, sizes and times of change."""
+    found = [sorted(path.iterdir()) if path.is_dir() else [path] for path in paths]
+    stats = [(file, file.stat()) for files in found for file in files if file.is_file()]
+    return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor on the CPU as they lie in memory."""
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _require_space(plan: Plan[Any], journal: _Journal) -> None:
+    try:
+        require_space(journal.staging.parent, plan.num_bytes - journal.num_bytes)
+    except DiskFullError:
+        if not journal.num_bytes:
+            shutil.rmtree(journal.staging, ignore_errors=True)
+        raise
+
+
+def _write_file(path: Path, file: OutputFile, journal: _Journal, pool: ThreadPoolExecutor, done: Callable[[int], None]) -> None:
+    """Write what is missing of the file, some pieces ahead in the making, and have it on the disk."""
+    ends = journal.ends.setdefault(file.name, [])
+    with path.open("r+b" if ends else "wb", buffering=0) as out:
+        at = synced = ends[-1] if ends else 0
+        out.truncate(at)
+        out.seek(at)
+        done(at)
+        made = _ahead(((part, piece) for part in file.parts[len(ends) :] for piece in part.pieces() or [_no_bytes]), pool)
+        for part, buffers in groupby(made, key=lambda pair: pair[0]):
+            start = at
+            for _, buffer in buffers:
+                at += _write_all(out, buffer)
+                done(len(buffer))
+            assert at - start == part.num_bytes or not part.is_exact, f"{part.name}: planned {part.num_bytes} bytes, made {at - start}"
+            ends.append(at)
+            if at - synced >= SYNC_BYTES:
+                synced = _sync_and_note(out, file, journal, at)
+        _sync_and_note(out, file, journal, at)
+
+
+def _ahead(jobs: Iterator[tuple[Part, Piece]], pool: ThreadPoolExecutor) -> Iterator[tuple[Part, Buffer]]:
+    """The pieces' bytes in order; as many more as there are threads are being made meanwhile."""
+    waiting: deque[tuple[Part, Future[Buffer]]] = deque()
+    for part, piece in jobs:
+        waiting.append((part, pool.submit(piece)))
+        if len(waiting) > THREADS:
+            part, buffer = waiting.popleft()
+            yield part, buffer.result()
+    for part, buffer in waiting:
+        yield part, buffer.result()
+
+
+def _write_all(out: IO[bytes], buffer: Buffer) -> int:
+    left = memoryview(buffer)
+    while left:
+        left = left[out.write(left) :]
+    return len(buffer)
+
+
+def _sync_and_note(out: IO[bytes], file: OutputFile, journal: _Journal, at: int) -> int:
+    os.fsync(out.fileno())
+    journal.note(file.name)
+    return at
+
+
+def _no_bytes() -> bytes:
+    return b""
+
+
+class _Journal:
+    """The staging directory: how far each file in it is, for whoever writes the same; that of anything else is emptied. One process at a time has it."""
+
+    def __init__(self, staging: Path, identity: Mapping[str, Any], place: Mapping[str, Path]):
+        self.staging, self.place = staging, place
+        self.head = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.ends: dict[str, list[int]] = {}
+        self._noted: dict[str, int] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(ends[-1] for ends in self.ends.values() if ends)
+
+    def __enter__(self) -> _Journal:
+        if self.staging.is_file():
+            self.staging.unlink()
+        self.staging.mkdir(exist_ok=True)
+        self._file = (self.staging / JOURNAL).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConflictError(f"{self.staging}: another process writes there at this moment; wait for it or write elsewhere") from error
+        self._file.seek(0)
+        head, *lines = self._file.read().splitlines() or [""]
+        self.ends = dict(_parsed(lines)) if head == self.head else {}
+        if head != self.head or not all(self._is_there(name, ends[-1]) for name, ends in self.ends.items()):
+            self._empty()
+        self._noted = {name: len(ends) for name, ends in self.ends.items()}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def note(self, name: str) -> None:
+        """Everything of the file `name` that is in `ends` is on the disk."""
+        for end in self.ends[name][self._noted.get(name, 0) :]:
+            self._file.write(json.dumps([name, end]) + "\n")
+        self._noted[name] = len(self.ends[name])
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _is_there(self, name: str, num_bytes: int) -> bool:
+        return name in self.place and self.place[name].is_file() and self.place[name].stat().st_size >= num_bytes
+
+    def _empty(self) -> None:
+        self.ends = {}
+        for path in self.staging.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != JOURNAL:
+                path.unlink()
+        self._file.truncate(0)
+        self._file.write(self.head + "\n")
+        self._file.flush()
+
+
+def _parsed(lines: list[str]) -> Iterator[tuple[str, list[int]]]:
+    """File and ends, up to a line that was cut off."""
+    found: dict[str, list[int]] = {}
+    for line in lines:
+        try:
+            name, end = json.loads(line)
+        except ValueError:
+            break
+        found.setdefault(name, []).append(end)
+    yield from found.items()
+
+
+def _what_is_left(staging: Path) -> str:
+    return f"what is done lies in {staging}: free some space and the same command goes on from there, or delete it"

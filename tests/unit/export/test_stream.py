@@ -1,0 +1,223 @@
+"""What an export writes is absent or whole: killed, refused or out of space at any moment, and the next run goes on from what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemotune.errors import CheckpointError, ConflictError, DiskFullError
+from nemotune.export import stream
+from nemotune.export.stream import OutputFile, Part, Plan, write
+
+KB = 1000
+
+
+def part(name: str, *, made: list[str] | None = None, num_bytes: int = 3 * KB, wait: float = 0.0) -> Part:
+    """Three pieces, whose letters are the name's; `made` is told of each."""
+
+    def piece(i: int) -> bytes:
+        time.sleep(wait)
+        if made is not None:
+            made.append(f"{name}{i}")
+        return name.encode() * (num_bytes // 3)
+
+    return Part(name, num_bytes, lambda: [lambda i=i: piece(i) for i in range(3)])
+
+
+def plan(names: str = "abcd", *, identity: str = "one", verify=lambda directory: "verified", **of_parts) -> Plan[str]:
+    """Two files with half of the parts each, and a small one beside them."""
+    half = len(names) // 2
+    files = tuple(OutputFile(file, tuple(part(n, **of_parts) for n in some)) for file, some in (("x", names[:half]), ("y", names[half:])))
+    return Plan({"of": identity}, files, verify, finish=lambda d, ends: (d / "ends.json").write_text(json.dumps(dict(ends))))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def listed(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+WHOLE = {"x": b"a" * 3 * KB + b"b" * 3 * KB, "y": b"c" * 3 * KB + b"d" * 3 * KB, "ends.json": b'{"x": [3000, 6000], "y": [3000, 6000]}'}
+
+
+def test_a_directory_and_a_file_are_written_whole_with_nothing_beside_them(tmp_path):
+    told = []
+    assert write(plan(), tmp_path / "deep" / "out", done=told.append) == "verified"
+    assert contents(tmp_path / "deep" / "out") == WHOLE and sum(told) == plan().num_bytes
+    one = Plan({}, (OutputFile("any", (part("a"), part("b"))),), lambda file: file.stat().st_size, is_file=True)
+    assert write(one, tmp_path / "deep" / "model.gguf") == 6 * KB
+    assert (tmp_path / "deep" / "model.gguf").read_bytes() == WHOLE["x"]
+    assert listed(tmp_path / "deep") == ["model.gguf", "out"]
+
+
+def test_a_failed_verification_leaves_nothing_and_an_old_target_as_it_was(tmp_path):
+    def refuse(directory: Path) -> str:
+        raise CheckpointError("wrong")
+
+    with pytest.raises(CheckpointError, match="wrong"):
+        write(plan(verify=refuse), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    write(plan(), tmp_path / "out")
+    with pytest.raises(CheckpointError):
+        write(plan("efgh", verify=refuse), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == WHOLE and listed(tmp_path) == ["out"]
+
+
+def test_what_is_there_is_replaced_only_when_asked_for_and_only_by_its_like(tmp_path):
+    write(plan(), tmp_path / "out")
+    (tmp_path / "out" / "of the old one").touch()
+    with pytest.raises(ConflictError, match="already exists"):
+        write(plan("efgh"), tmp_path / "out")
+    write(plan("efgh"), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out")["x"] == b"e" * 3 * KB + b"f" * 3 * KB and not (tmp_path / "out" / "of the old one").exists()
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ConflictError, match="is a file"):
+        write(plan(), tmp_path / "file", overwrite=True)
+    assert listed(tmp_path) == ["file", "out"]
+
+
+@pytest.mark.parametrize("swaps", [True, False], ids=["in one step", "in two renames"])
+def test_the_old_directory_goes_when_the_new_one_is_in_place(tmp_path, monkeypatch, swaps):
+    write(plan(), tmp_path / "out")
+    if not swaps:
+        monkeypatch.setattr("nemotune.files._exchange", lambda *paths: False)
+    write(plan("efgh"), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out")["y"].startswith(b"g") and listed(tmp_path) == ["out"]
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def stop_after(num_bytes: int):
+    """A `done` that stops the export when so many bytes are written."""
+    left = num_bytes
+
+    def done(count: int) -> None:
+        nonlocal left
+        left -= count
+        if left <= 0:
+            raise Interrupted
+
+    return done
+
+
+def test_an_interrupted_export_goes_on_from_its_last_synced_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "SYNC_BYTES", 3 * KB)
+    with pytest.raises(Interrupted):
+        write(plan(), tmp_path / "out", done=stop_after(10 * KB))
+    assert not (tmp_path / "out").exists()
+    made: list[str] = []
+    told: list[int] = []
+    write(plan(made=made), tmp_path / "out", done=told.append)
+    assert contents(tmp_path / "out") == WHOLE and sum(told) == plan().num_bytes
+    assert sorted(made) == ["d0", "d1", "d2"], "nothing that was on the disk is made again"
+
+
+@pytest.mark.parametrize("change", ["identity", "a file that lost bytes", "a journal cut off in its first line"])
+def test_staging_that_is_not_of_this_export_is_thrown_away(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(stream, "SYNC_BYTES", 3 * KB)
+    with pytest.raises(Interrupted):
+        write(plan("efgh"), tmp_path / "out", done=stop_after(10 * KB))
+    staging = tmp_path / ".out.partial"
+    if change == "a file that lost bytes":
+        os.truncate(staging / "out" / "x", 100)
+    elif change.startswith("a journal"):
+        (staging / "journal").write_bytes((staging / "journal").read_bytes()[:10])
+    write(plan(identity="another") if change == "identity" else plan(), tmp_path / "out")
+    assert contents(tmp_path / "out") == WHOLE
+
+
+def test_a_journal_cut_off_in_its_last_line_counts_up_to_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "SYNC_BYTES", 1)
+    with pytest.raises(Interrupted):
+        write(plan(), tmp_path / "out", done=stop_after(10 * KB))
+    journal = tmp_path / ".out.partial" / "journal"
+    journal.write_bytes(journal.read_bytes()[:-4])
+    made: list[str] = []
+    write(plan(made=made), tmp_path / "out")
+    assert contents(tmp_path / "out") == WHOLE and 3 <= len(made) < 12
+
+
+def test_two_exports_to_one_target_do_not_mix(tmp_path):
+    def second(directory: Path) -> str:
+        with pytest.raises(ConflictError, match="another process writes there"):
+            write(plan("efgh"), tmp_path / "out")
+        return "first"
+
+    assert write(plan(verify=second), tmp_path / "out") == "first"
+    assert contents(tmp_path / "out") == WHOLE
+
+
+def test_what_cannot_fit_is_refused_before_the_first_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 11 * KB))
+    with pytest.raises(DiskFullError, match="0.00 GB are needed"):
+        write(plan(), tmp_path / "out", done=lambda _: pytest.fail("wrote"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_is_told_with_what_is_left_and_the_next_run_goes_on(tmp_path, monkeypatch):
+    def full() -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stream, "SYNC_BYTES", 1)
+    broken = plan()
+    broken = Plan(broken.identity, (broken.files[0], OutputFile("y", (part("c"), Part("d", 3, lambda: [full])))), broken.verify)
+    with pytest.raises(DiskFullError, match=r"out: the disk is full; what is done lies in .*\.out\.partial"):
+        write(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write(plan(), tmp_path / "out")
+    assert contents(tmp_path / "out") == WHOLE
+
+
+def test_memory_is_a_few_pieces(tmp_path):
+    """Pieces that were made and not yet written are never more than the threads' and one."""
+    made, written, most = [], [], 0
+
+    def piece() -> bytes:
+        nonlocal most
+        made.append(1)
+        most = max(most, len(made) - len(written))
+        return b"x" * KB
+
+    write(
+        Plan({}, (OutputFile("x", (Part("p", 200 * KB, lambda: [piece] * 200),)),), lambda _: None), tmp_path / "out", done=written.append
+    )
+    assert len(written) == 201 and most <= 2 * stream.THREADS + 2  # one `done` for what was there before
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_stream import plan
+from nemotune.export import stream
+stream.SYNC_BYTES = 3000
+print("ready", flush=True)
+stream.write(plan("abcdefgh", wait=0.02), Path({target!r}), overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.11, 0.23])
+def test_killed_at_any_moment_the_target_is_absent_or_whole_and_the_next_run_completes_it(tmp_path, seconds):
+    target = tmp_path / "out"
+    code = KILLED.format(tests=str(Path(__file__).parent), target=str(target))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    whole = {file: b"".join(letter.encode() * 3 * KB for letter in letters) for file, letters in {"x": "abcd", "y": "efgh"}.items()}
+    assert not target.exists() or {name: contents(target)[name] for name in whole} == whole
+    write(plan("abcdefgh"), target, overwrite=True)
+    assert {name: contents(target)[name] for name in whole} == whole and listed(tmp_path) == ["out"]
