@@ -1,0 +1,153 @@
+"""Q4_K and Q5_K: 256 values as 8 sub-blocks of 32, each with a 6-bit scale and minimum. Byte for byte what ggml's reference functions give.
+
+The search tries 21 or 16 step widths per sub-block and keeps the one of least weighted squared error; a kept one's minimum feeds the next try. It runs
+on all lanes at once and rounds with rint. Super-blocks where that is not ggml's rounding, or where the search's own levels are the result, are few and
+are done again exactly. Source: quantize_row_q4_K_ref and make_qkx2_quants in ggml-quants.c.
+
+N super-blocks, J = 8 sub-blocks of I = 32 elements, M = N J lanes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemotune.export.gguf.quants.arithmetic import ROUNDS_AS_RINT, column_dots, column_sums, divided, nearest
+
+__all__ = ["Q4_K", "Q5_K", "Grid", "quantize_k"]
+
+SUB_BLOCKS, SUB_BLOCK = 8, 32
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels that a sub-block's values get, and the step widths that are tried: (first + 0.1 s + levels) to the range."""
+
+    levels: int
+    first: float
+    last_step: int
+
+    @property
+    def widths(self) -> list[float]:
+        steps = torch.arange(self.last_step + 1, dtype=torch.float32)
+        return ((torch.tensor(0.1) * steps + self.first) + self.levels).tolist()
+
+
+Q4_K = Grid(levels=15, first=-1.0, last_step=20)
+Q5_K = Grid(levels=31, first=-0.5, last_step=15)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of each lane: what the search kept; whether all values are equal; whether rint may differ from ggml's rounding. `levels` [I, M] if exact."""
+
+    scale: Tensor
+    minimum: Tensor
+    flat: Tensor
+    irregular: Tensor
+    levels: Tensor | None
+
+
+def quantize_k(x_NK: Tensor, grid: Grid, *, exact: bool = False) -> Tensor:
+    """uint8 [N, 144 or 176] of float32 [N, 256]."""
+    x_IM = x_NK.reshape(-1, SUB_BLOCK).t().contiguous()
+    found = search(x_IM, grid, exact=exact)
+    d, scales = _six_bits(found.scale)
+    dmin, minima = _six_bits(found.minimum.neg())
+    step = (d.float() * scales).flatten()
+    offset = (dmin.float() * minima).flatten()
+    redo = found.irregular | ((step == 0) & ~found.flat)
+    redo |= (step != 0) & ~((x_IM.abs().amax(0) + offset) / step < ROUNDS_AS_RINT / 2)
+    levels = nearest(x_IM.add_(offset).div_(step), 0, grid.levels, exact=exact)
+    levels = torch.where(step == 0, 0.0 if found.levels is None else found.levels, levels)
+    packed = _pack(d, dmin, scales, minima, levels.to(torch.uint8).view(SUB_BLOCK, -1, SUB_BLOCKS), five_bits=grid.levels > 15)
+    rows = redo.view(-1, SUB_BLOCKS).any(1)
+    if not exact and rows.any():
+        packed[rows] = quantize_k(x_NK[rows], grid, exact=True)
+    return packed
+
+
+def search(x: Tensor, grid: Grid, *, exact: bool) -> Found:
+    """Scale and minimum of each lane of [I, M]."""
+    lanes = x.shape[1]
+    level, product, w = (torch.empty_like(x) for _ in range(3))
+    mean = column_sums(torch.mul(x, x, out=level), x.new_empty(lanes)).div_(SUB_BLOCK)
+    torch.abs(x, out=w).add_(torch.from_numpy(np.sqrt(mean.numpy())))  # torch's root is not always the nearest float32
+    sum_w = column_sums(w, x.new_empty(lanes))
+    sums = x.new_empty(4, lanes)
+    sum_l, sum_x, sum_xl, sum_l2 = sums
+    column_dots(w, x, sum_x)
+    kept, tried = x.new_empty(3, lanes), x.new_empty(3, lanes)  # rows: error, scale, minimum
+    (_, scale, low), high = kept, x.amax(0)
+    torch.clamp(x.amin(0), max=0, out=low)
+    span = high - low
+    whole, narrowest, inverse = span.clone(), span.clone(), divided(grid.levels, span)
+    divided(1.0, inverse, out=scale)
+
+    def round_levels() -> None:
+        nearest(torch.sub(x, low, out=level).mul_(inverse), 0, grid.levels, exact=exact)
+
+    def weigh(errors_of: Tensor) -> None:
+        """Fill the row of errors; uses `level` up."""
+        level.mul_(errors_of[1]).add_(errors_of[2]).sub_(x)
+        column_dots(w, level.mul_(level), errors_of[0])
+
+    round_levels()
+    levels = level.clone() if exact else None
+    weigh(kept)
+    for width in grid.widths:
+        torch.sub(high, low, out=span)
+        torch.minimum(narrowest, span, out=narrowest)
+        divided(width, span, out=inverse)
+        round_levels()
+        column_sums(torch.mul(w, level, out=product), sum_l)
+        column_dots(product, x, sum_xl)
+        column_dots(product, level, sum_l2)
+        determinant = _fit(sums, sum_w, out=tried[1:])
+        candidate = level.clone() if exact else None
+        weigh(tried)
+        better = (tried[0] < kept[0]).logical_and_(determinant > 0)
+        torch.where(better, tried, kept, out=kept)
+        if candidate is not None:
+            levels = torch.where(better, candidate, levels)
+    flat = whole == 0
+    regular = (whole > 1e-30) & (whole < 1e30) & (narrowest > whole * 2**-16)
+    return Found(scale, low, flat, ~(flat | regular), levels)
+
+
+def _fit(sums: Tensor, sum_w: Tensor, *, out: Tensor) -> Tensor:
+    """Scale and minimum of least weighted squared error into `out` [2, M], the minimum at most 0. Returns the determinant."""
+    sum_l, sum_x, sum_xl, sum_l2 = sums
+    determinant = (sum_w * sum_l2).sub_(sum_l * sum_l)
+    torch.sub(sum_w * sum_xl, sum_x * sum_l, out=out[0]).div_(determinant)
+    torch.sub(sum_l2 * sum_x, sum_l * sum_xl, out=out[1]).div_(determinant)
+    above = out[1] > 0
+    if above.any():
+        out[0].copy_(torch.where(above, sum_xl / sum_l2, out[0]))
+        out[1].masked_fill_(above, 0)
+    return determinant
+
+
+def _six_bits(values_M: Tensor) -> tuple[Tensor, Tensor]:
+    """float16 [N, 1], the largest of a super-block over 63, and each value's share of the largest in six bits, float32 [N, J]."""
+    values = values_M.view(-1, SUB_BLOCKS)
+    largest = values.amax(1, keepdim=True).clamp_(min=0).add_(0.0)  # no -0.0
+    inverse = torch.where(largest > 0, divided(63.0, largest), 0.0)
+    wrapped = nearest(inverse * values, -(2**30), 2**30, exact=True).to(torch.int32).bitwise_and_(255)  # a C uint8
+    return (largest / 63).half(), wrapped.clamp_(max=63).float()
+
+
+def _pack(d: Tensor, dmin: Tensor, scales_NJ: Tensor, minima_NJ: Tensor, levels_INJ: Tensor, *, five_bits: bool) -> Tensor:
+    """uint8 [N, bytes]: d, dmin, 12 bytes of scales, the fifth bits of Q5_K, then 64 elements to 32 bytes, the low nibble first."""
+    s, m = scales_NJ.to(torch.uint8), minima_NJ.to(torch.uint8)
+    heads = [d.view(torch.uint8), dmin.view(torch.uint8)]
+    heads += [s[:, :4] | (s[:, 4:] >> 4) << 6, m[:, :4] | (m[:, 4:] >> 4) << 6, (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4]
+    if five_bits:
+        fifth = levels_INJ >> 4
+        heads.append(sum((fifth[..., j] << j for j in range(1, SUB_BLOCKS)), fifth[..., 0].clone()).t())
+        levels_INJ = levels_INJ & 15
+    nibbles = levels_INJ[..., 0::2] | levels_INJ[..., 1::2] << 4
+    return torch.cat([*heads, nibbles.permute(1, 2, 0).reshape(len(s), -1)], dim=1)
