@@ -24,11 +24,11 @@ from nemotune.distributed.world import ALONE, PATIENCE
 from nemotune.errors import CheckpointError
 from nemotune.files import disk_full_is_readable, write_json
 from nemotune.models import CausalLM
-from nemotune.train.memory import free_host_memory
 from nemotune.train.state import Place, blocks_to_write, kept_layouts, load_state, shares
 from nemotune.train.step import StepResult
 from nemotune.train.storage import Block, require_files, write_blocks
 from nemotune.weights import Layout
+from nemotune.weights.host_memory import free_host_memory
 
 PROGRESS = "trainer.json"
 NOTHING = nullcontext()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import resource
 import sys
 from pathlib import Path
@@ -31,14 +30,3 @@ def give_back_freed(steps_done: int) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-
-
-def free_host_memory() -> float:
-    """Bytes of the host's memory that this process may still take, as the system and its container tell; infinite where neither does."""
-    found = [math.inf]
-    if (system := Path("/proc/meminfo")).is_file():
-        found.append(int(system.read_text().split("MemAvailable:")[1].split()[0]) * 1024)
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and (most := limit.read_text().strip()).isdigit():
-        found.append(int(most) - int(used.read_text()))
-    return min(found)
