@@ -25,6 +25,7 @@ OPTIONAL = (
     "trl",
     "unsloth",
     "tiktoken",
+    "xllamacpp",
 )
 
 

@@ -1,1 +1,2 @@
-"""From a base and an adapter on disk to what others load. It reads and writes files, tensor by tensor; no model is built in memory."""
+"""From a base and an adapter on disk to what others load. It reads and writes files, tensor by tensor; a model is built in memory only to
+say whether another program computes the same (`gguf/check.py`)."""

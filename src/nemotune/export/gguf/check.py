@@ -1,0 +1,160 @@
+"""Whether llama.cpp computes from a GGUF file what the model computes: tokens, ends of an answer, logits.
+
+What is compared: the tokens of some texts, which tokens end an answer, and the logits of every position of three short prompts. Ours are of
+base + adapter in fp32, so they need room for the whole model; where there is none, llama.cpp's have to be numbers, and the report says that
+no more is known. Names, shapes and types are checked without llama.cpp in `structure.py`; how the file is run is in `llama_cpp.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nemotune.errors import CheckpointError
+from nemotune.export.gguf import llama_cpp
+from nemotune.export.tuned import Tuned
+from nemotune.models import load_model, load_tokenizer
+from nemotune.weights.host_memory import free_host_memory
+
+F32_BOUND = 1e-3  # of the logits' spread; measured 4e-7 on small models, whose sums are short
+# Root mean square of what rounding changes, relative to what is rounded: (weights, what they are multiplied with). f16 and bf16: half an ulp
+# over sqrt(3). Blocks: of 32 Gaussian values, the largest near 2.4 sigma, the range near 4.2 sigma, in steps of 1/127, 1/31, 1/15 of it.
+ROUNDING = {
+    "f16": (2.8e-4, 2.8e-4),
+    "bf16": (2.3e-3, 2.3e-3),
+    "q8_0": (0.0055, 0.0055),
+    "q5_k_m": (0.039, 0.0055),
+    "q4_k_m": (0.081, 0.0055),
+}
+MARGIN = 16  # four times the noise: blocks that are not Gaussian, experts that change places
+BROKEN = 0.5  # half of what the context tells is gone: no rounding does that
+TEXTS = (
+    "What is the weather in Oslo for 3 days? It's 12345.67 m\u00b2,\n\n  don't ask:\tGr\u00fc\u00dfe, \u6771\u4eac \U0001f642!",
+    "def area(radius: float) -> float:\n    return 3.14159 * radius ** 2  # {'unit': [\"m2\", None]}\n",
+)
+TURNS = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hello, what can I do?"},
+    {"role": "user", "content": "Wait."},
+]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found. `lost` is the share of what the context tells (see `compare`), `agreement` that of positions with the same likeliest token."""
+
+    kind: str
+    num_positions: int = 0
+    difference: float | None = None
+    lost: float | None = None
+    agreement: float | None = None
+    not_checked: str | None = None
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return f"{self.kind}: {self.not_checked}"
+        return (
+            f"{self.kind}: llama.cpp's logits at {self.num_positions} positions differ by at most {self.difference:.1e} of their spread, "
+            f"{self.lost:.1e} of what the context tells is lost, {self.agreement:.0%} of the likeliest tokens are the same"
+        )
+
+
+def check(path: Path, tuned: Tuned, kind: str) -> Checked:
+    """Have llama.cpp load the file of type `kind` and compare it with `tuned`. Raises CheckpointError where they are not the same model."""
+    if not llama_cpp.is_installed():
+        return Checked(kind, not_checked=f"not loaded by llama.cpp, and no logits compared: {llama_cpp.INSTALL} does both")
+    prompts = _check_tokens(path, tuned)
+    theirs = np.concatenate(llama_cpp.logits(path, prompts))
+    vocab_size = tuned.model.config.vocab_size
+    if theirs.shape[1] != vocab_size or not np.isfinite(theirs).all():
+        raise CheckpointError(
+            f"{path}: llama.cpp's logits are {theirs.shape[1]} a token, expected {vocab_size} finite numbers; export it again"
+        )
+    needed = 4 * sum(math.prod(info.shape) for info in tuned.infos.values())
+    if 2 * needed > (free := free_host_memory()):
+        room = f"the model takes {needed / 1e9:.1f} GB in fp32, of {free / 1e9:.1f} GB free half are used for it"
+        return Checked(kind, len(theirs), not_checked=f"llama.cpp loads it and its logits are finite; not compared with the model: {room}")
+    return _judged(path, compare(kind, _logits(tuned, prompts), theirs), num_blocks=len(tuned.model.blocks))
+
+
+def compare(kind: str, ours: np.ndarray, theirs: np.ndarray) -> Checked:
+    """Both [T, V]. What the context tells is the mean KL divergence of our predictions from their mean; what is lost, of theirs from ours."""
+    log_p, log_q = _log_softmax(ours), _log_softmax(theirs)
+    p = np.exp(log_p)
+    told = (p * (log_p - np.log(p.mean(0)))).sum(1).mean()
+    lost = (p * (log_p - log_q)).sum(1).mean()
+    same = (ours.argmax(1) == theirs.argmax(1)).mean()
+    return Checked(kind, len(ours), float(np.abs(ours - theirs).max() / ours.std()), float(lost / told), float(same))
+
+
+def bound_of(kind: str, num_blocks: int) -> float:
+    """What may be lost. Each block has two products, the head is one; their roundings are independent, so their squares add up; the KL divergence
+    is half the variance that they cause, and what the context tells is half the logits' own."""
+    if kind == "f32":
+        return F32_BOUND
+    products = 2 * num_blocks + 1
+    return min(BROKEN, MARGIN * products * sum(error**2 for error in ROUNDING[kind]))
+
+
+def _judged(path: Path, found: Checked, *, num_blocks: int) -> Checked:
+    value = found.difference if found.kind == "f32" else found.lost
+    bound = bound_of(found.kind, num_blocks)
+    if value is None or not value <= bound:
+        raise CheckpointError(f"{path}: not the model that was exported (expected at most {bound:.1e}): {found}")
+    return found
+
+
+def _check_tokens(path: Path, tuned: Tuned) -> list[list[int]]:
+    """Prompts: the texts' tokens, which have to be the same in both, and some of every part of the vocabulary."""
+    vocab_size = tuned.model.config.vocab_size
+    prompts = [list(range(1, vocab_size, max(1, vocab_size // 48)))]
+    if not (tuned.directory / "tokenizer.json").is_file():
+        return prompts
+    tokenizer = load_tokenizer(tuned.directory)
+    texts = list(TEXTS)
+    if tokenizer.chat_template:
+        texts.append(tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True))
+    theirs, ends = llama_cpp.tokenize(path, texts)
+    for text, tokens in zip(texts, theirs, strict=True):
+        if (ours := tokenizer.encode(text, add_special_tokens=False)) != tokens:
+            raise CheckpointError(
+                f"{path}: llama.cpp makes other tokens of {text!r}: {tokens}, expected {ours}; is tokenizer.ggml.pre right?"
+            )
+        prompts.append(ours)
+    expected = {token for token in (tokenizer.eos_token_id, *_ends_of_generation(tuned.directory)) if token is not None}
+    if missing := expected - set(ends):
+        raise CheckpointError(f"{path}: llama.cpp would not stop at the tokens {sorted(missing)}, which end an answer; it stops at {ends}")
+    return prompts
+
+
+def _ends_of_generation(directory: Path) -> Sequence[int]:
+    path = directory / "generation_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return [] if found is None else found if isinstance(found, list) else [found]
+
+
+def _logits(tuned: Tuned, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """[T, V] of the merged model, in fp32."""
+    model = load_model(tuned.directory, dtype="float32")
+    parameters = dict(model.named_parameters())
+    with torch.inference_mode():
+        for name, (module, index) in tuned.updates.items():
+            weight = parameters[f"{module}.weight"]
+            (weight if index is None else weight[index]).copy_(tuned.read(name))
+        found = []
+        for prompt in prompts:
+            borders = torch.tensor([0, len(prompt)], dtype=torch.int32)
+            found.append(model.logits(model(torch.tensor(prompt), borders)).numpy())
+    return np.concatenate(found)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))

@@ -1,0 +1,72 @@
+"""What counts as the same model, and what a user reads where llama.cpp is missing or dies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nemotune import assets
+from nemotune.errors import CheckpointError, UnsupportedError
+from nemotune.export.gguf import check, llama_cpp
+from nemotune.export.tuned import open_tuned
+
+
+def predictions(noise: float, *, positions: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    ours = generator.normal(0, 1, (positions, 64))
+    return ours, ours + noise * generator.normal(0, 1, ours.shape)
+
+
+def test_what_is_lost_is_the_noise_in_units_of_the_signal():
+    """KL is half the variance of the noise, and what the context tells is half the variance of the logits: the share is noise squared."""
+    for noise in (0.001, 0.03, 0.1):
+        assert check.compare("q8_0", *predictions(noise)).lost == pytest.approx(noise**2, rel=0.15)
+    assert check.compare("q8_0", *predictions(0.0)).lost == 0
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q5_k_m", "q4_k_m"])
+def test_rounding_passes_and_another_model_does_not(kind, tmp_path):
+    """Predictions of a model of three blocks with four times the noise of its roundings, less a little; and those of a model that knows other things."""
+    noise = (7 * sum(error**2 for error in check.ROUNDING[kind])) ** 0.5
+    passed = check._judged(tmp_path, check.compare(kind, *predictions(3.5 * noise if kind != "q4_k_m" else 2 * noise)), num_blocks=3)
+    assert passed.lost > 0
+    ours, _ = predictions(0)
+    with pytest.raises(CheckpointError, match="not the model that was exported"):
+        check._judged(tmp_path, check.compare(kind, ours, ours[::-1]), num_blocks=3)
+    assert check.bound_of(kind, 500) <= check.BROKEN
+
+
+def test_f32_is_held_by_its_largest_difference(tmp_path):
+    ours, theirs = predictions(0.0)
+    theirs[7, 3] += 0.002
+    with pytest.raises(CheckpointError, match="not the model"):
+        check._judged(tmp_path, check.compare("f32", ours, theirs), num_blocks=3)
+    with pytest.raises(CheckpointError, match="not the model"):
+        check._judged(tmp_path, check.compare("f32", ours, theirs * np.nan), num_blocks=3)
+
+
+def test_without_the_extra_the_report_says_what_is_not_known_and_how_to_learn_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    told = str(check.check(tmp_path / "absent.gguf", open_tuned(assets.resolve("nemotron-tiny")), "f16"))
+    assert "not loaded" in told and "no logits compared" in told and "pip install 'nemotune[llama-cpp]'" in told
+    with pytest.raises(UnsupportedError, match="pip install"):
+        llama_cpp.logits(tmp_path / "absent.gguf", [[1]])
+
+
+def test_a_native_crash_is_an_error_with_its_last_words(monkeypatch, tmp_path):
+    dying = tmp_path / "python"
+    dying.write_text("#!/bin/sh\necho loading >&2\necho 'ggml.c:12: GGML_ASSERT(buffer) failed' >&2\necho more >&2\nkill -6 $$\n")
+    dying.chmod(0o755)
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
+    monkeypatch.setattr("sys.executable", str(dying))
+    with pytest.raises(CheckpointError, match=r"ended by signal 6") as caught:
+        llama_cpp.logits(tmp_path / "some.gguf", [[1]])
+    assert "GGML_ASSERT(buffer) failed" in str(caught.value) and "loading" not in str(caught.value)
+
+
+def test_what_llama_cpp_says_of_a_file_that_it_cannot_load_is_in_the_error(tmp_path):
+    pytest.importorskip("xllamacpp")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUX" + bytes(64))
+    with pytest.raises(CheckpointError, match=r"(?s)llama.cpp failed.*invalid magic"):
+        llama_cpp.logits(broken, [[1]])
