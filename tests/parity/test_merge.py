@@ -14,8 +14,8 @@ from nemotune.errors import CheckpointError, ConflictError, UnsupportedError
 from nemotune.export import merge as merging
 from nemotune.export.merge import merge
 from nemotune.export.tuned import open_tuned
-from nemotune.lora import LoRAEmbedding, adapter, apply_lora, lora_modules, save_adapter
-from nemotune.lora.adapter import Adapter
+from nemotune.lora import LoRAEmbedding, apply_lora, lora_modules, pairs, save_adapter
+from nemotune.lora.pairs import Adapter
 from nemotune.models import load_model
 from nemotune.recipe import Lora
 from nemotune.weights import WritePlan
@@ -172,8 +172,8 @@ def test_a_wrong_update_is_never_called_done(tmp_path, monkeypatch, wrong, dtype
 @pytest.mark.parametrize("wrong", [lambda gain: gain * 1.02, lambda gain: gain * 0 + 1, lambda gain: gain.roll(1, 0)])
 def test_a_wrong_length_of_rows_is_never_called_done(tmp_path, monkeypatch, wrong, dtype):
     with_adapter(tmp_path, "hybrid", DORA, dtype=dtype)
-    right = adapter.gains
-    monkeypatch.setattr(adapter, "gains", lambda *which: wrong(right(*which)))
+    right = pairs.gains
+    monkeypatch.setattr(pairs, "gains", lambda *which: wrong(right(*which)))
     with pytest.raises(CheckpointError, match=r"are not base \+ adapter.*mixer"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from nemotune.lora import apply_lora, lora_modules
 from nemotune.lora.adapter import WEIGHTS, read_adapter
 from nemotune.models import build_model, parse_config
 from nemotune.models.disk_names import disk_pieces
+from nemotune.models.layers import GroupedLinear, Linear
 from nemotune.recipe import Lora
 from nemotune.weights import TensorInfo, WritePlan, write_checkpoint
 
@@ -68,15 +70,46 @@ def manifest():
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def test_the_linear_modules_of_a_published_adapter_are_read(tmp_path):
-    """All its tensors but those of experts, which it keeps one by one: 232 of real shapes, under NVIDIA's own names."""
-    rows = [row for row in manifest() if row["expert_kind"] != "per_expert"]
-    plan = WritePlan(tuple(TensorInfo(row["key"], WEIGHTS, row["dtype"], tuple(map(int, row["shape"].split("x")))) for row in rows))
-    write_checkpoint(tmp_path, plan, lambda info: torch.zeros(info.shape))
-    projections = sorted({row["projection"] for row in rows})
-    config = {"peft_type": "LORA", "r": 32, "lora_alpha": 32, "target_modules": projections}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    model = build_model(parse_config(published()["nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"]["config"]))
+NARROW = dict(
+    vocab_size=64, hidden_size=16, head_dim=4, num_attention_heads=4, num_key_value_heads=2, mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8,
+    n_groups=2, moe_intermediate_size=12, moe_shared_expert_intermediate_size=20, intermediate_size=12,
+)  # fmt: skip
+
+
+def narrow_nano():
+    """Nano 30B with all its layers and experts, a few numbers wide."""
+    config = published()["nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"]["config"]
+    return build_model(parse_config({**config, **NARROW}))
+
+
+def write_narrow_adapter(directory, model):
+    """An adapter with the keys of the published one, rank 2 and random values. Returns the values by key."""
+    values, shapes = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | GroupedLinear):
+            shapes[name] = {"A": (2, module.in_features), "B": (module.out_features, 2)}
+    generator = torch.Generator().manual_seed(0)
+    for row in manifest():
+        owner, which = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", row["key"]).groups()
+        values[row["key"]] = torch.randn(shapes[re.sub(r"\.experts\.\d+\.", ".experts.", owner)][which], generator=generator)
+    plan = WritePlan(tuple(TensorInfo(key, WEIGHTS, "F32", tuple(value.shape)) for key, value in values.items()))
+    write_checkpoint(directory, plan, lambda info: values[info.name])
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 32, "target_modules": sorted({row["projection"] for row in manifest()})}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return values
+
+
+def test_every_tensor_of_a_published_adapter_is_read(tmp_path):
+    """12,008 of them under NVIDIA's own names, one by one; the shapes are held above, so these are narrow."""
+    model = narrow_nano()
+    values = write_narrow_adapter(tmp_path, model)
+    assert len(values) == 12008
     pairs = read_adapter(tmp_path, model).pairs
-    assert {f"base_model.model.{name}.{which}.weight" for name in pairs for which in ("lora_A", "lora_B")} == {row["key"] for row in rows}
+    got = {}
+    for name, pair in pairs.items():
+        owner, _, last = name.rpartition(".")
+        for which, tensor in zip("AB", pair, strict=True):
+            units = {f"{owner}.{e}.{last}": tensor[e] for e in range(len(tensor))} if tensor.ndim == 3 else {name: tensor}
+            got |= {f"base_model.model.{unit}.lora_{which}.weight": value for unit, value in units.items()}
+    assert got.keys() == values.keys() and all(torch.equal(got[key], value) for key, value in values.items())
     assert {row["dtype"] for row in manifest()} == {"F32"}, "as we save, whatever the base's dtype"

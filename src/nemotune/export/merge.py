@@ -19,8 +19,8 @@ from nemotune.errors import CheckpointError
 from nemotune.export.safetensors_files import weight_files
 from nemotune.export.stream import Ends, Plan, write
 from nemotune.export.tuned import Tuned, open_tuned
-from nemotune.lora.adapter import gains
 from nemotune.lora.layers import scale
+from nemotune.lora.pairs import gains
 from nemotune.models.saving import copy_side_files
 from nemotune.weights import Checkpoint, WritePlan
 from nemotune.weights.writer import write_index

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nemotune.errors import UnsupportedError
 from nemotune.export.stream import fingerprint
-from nemotune.lora.adapter import Adapter, read_adapter
+from nemotune.lora.adapter import read_adapter
+from nemotune.lora.pairs import Adapter
 from nemotune.models.base import CausalLM
 from nemotune.models.config_json import read_config
 from nemotune.models.disk_names import disk_pieces

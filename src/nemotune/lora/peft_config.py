@@ -1,9 +1,8 @@
-"""PEFT's form of an adapter (PEFT 0.21 on transformers 5): what `adapter_config.json` says, and the keys of a module's tensors.
+"""adapter_config.json as PEFT 0.21 on transformers 5 has it: which modules are adapted, at which rank and alpha. Read for both forms of tensors, and written.
 
 What PEFT imposes, tested by value against it:
-- module names begin with `base_model.model.`, and nemotron_h's `backbone.` is called `model.` (other tools keep it: both are read);
 - modules are named in full, by the end of their names, by a regular expression or as `all-linear`, and all that match are adapted;
-- experts are `target_parameters` of one module: `down_proj` wraps `up_proj`, whose keys therefore lie under `experts.base_layer`;
+- experts are `target_parameters` of one module where they are one tensor, and modules like others where they are one each (`forms.py`);
 - `target_parameters` allow no dropout, so the config of such an adapter says 0: it concerns training only.
 """
 
@@ -11,23 +10,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from nemotune.errors import CheckpointError
-from nemotune.lora.targets import NOT_LINEAR_BLOCKS, adaptable_modules, module_settings
+from nemotune.lora.forms import Form, plain, spellings, units
+from nemotune.lora.targets import NOT_LINEAR_BLOCKS, adaptable_modules
 from nemotune.models.base import CausalLM
 from nemotune.recipe import Lora
 
 Number = TypeVar("Number", int, float)
-PREFIX = "base_model.model."
-SUFFIXES = {
-    "lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_magnitude_vector": ".lora_magnitude_vector",
-    "lora_embedding_A": ".lora_embedding_A", "lora_embedding_B": ".lora_embedding_B",
-}  # fmt: skip
 UNUSED = (None, False, "none", [], {})  # how PEFT writes a setting that is not used
 WITHOUT_EFFECT = {  # on what a trained adapter computes
     "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
@@ -48,9 +43,9 @@ class PeftConfig(BaseModel):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: Any = True
-    target_modules: str | list[str] | None = None
-    exclude_modules: str | list[str] | None = None
-    target_parameters: list[str] | None = None
+    target_modules: str | frozenset[str] | None = None
+    exclude_modules: str | frozenset[str] | None = None
+    target_parameters: frozenset[str] | None = None
     rank_pattern: dict[str, PositiveInt] | None = None
     alpha_pattern: dict[str, PositiveFloat] | None = None
 
@@ -64,30 +59,30 @@ class PeftConfig(BaseModel):
                 raise ValueError(f"got {pattern!r}, no regular expression ({error})") from error
         return value
 
-    def names(self, spellings: list[str], block_type: str) -> bool:
-        """Whether a module that goes by `spellings` is one to adapt."""
-        if block_type == "experts":
-            return _matches(self.target_parameters, spellings)
+    def names(self, spelled: list[str], block_type: str, experts: list[str]) -> bool:
+        """Whether a module that goes by `spelled` is one to adapt; where it is an expert with tensors of its own, `experts` are names of all of its layer."""
+        if block_type == "experts" and _matches(self.target_parameters, experts or spelled):
+            return True
+        if block_type == "experts" and not experts:
+            return False
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             chosen = block_type not in NOT_LINEAR_BLOCKS
         else:
-            chosen = _matches(self.target_modules, spellings)
-        return chosen and not _matches(self.exclude_modules, spellings)
+            chosen = _matches(self.target_modules, spelled)
+        return chosen and not _matches(self.exclude_modules, spelled)
 
-    def rank_of(self, spellings: list[str]) -> int:
-        """The rank of the module that goes by `spellings`."""
-        return _first_match(self.rank_pattern, spellings, otherwise=self.r)
+    def rank_and_alpha(self, spelled: list[str]) -> tuple[int, float]:
+        """Those of the module that goes by `spelled`."""
+        return _first_match(self.rank_pattern, spelled, otherwise=self.r), _first_match(
+            self.alpha_pattern, spelled, otherwise=self.lora_alpha
+        )
 
-    def alpha_of(self, spellings: list[str]) -> float:
-        """Its alpha."""
-        return _first_match(self.alpha_pattern, spellings, otherwise=self.lora_alpha)
-
-    def lora(self, targets: Mapping[str, list[str]]) -> Lora:
-        """The same as a recipe's section, whose targets and patterns are full names; `targets` has what else each goes by."""
+    def lora(self, settings: Mapping[str, tuple[int, float]]) -> Lora:
+        """The same as a recipe's section, whose targets and patterns are full names; `settings` has rank and alpha of each."""
         return Lora(
-            rank=self.r, alpha=self.lora_alpha, dropout=self.lora_dropout, rslora=self.use_rslora, dora=self.use_dora, targets=tuple(targets),
-            rank_pattern={name: rank for name, spelled in targets.items() if (rank := self.rank_of(spelled)) != self.r},
-            alpha_pattern={name: alpha for name, spelled in targets.items() if (alpha := self.alpha_of(spelled)) != self.lora_alpha},
+            rank=self.r, alpha=self.lora_alpha, dropout=self.lora_dropout, rslora=self.use_rslora, dora=self.use_dora, targets=tuple(settings),
+            rank_pattern={name: rank for name, (rank, _) in settings.items() if rank != self.r},
+            alpha_pattern={name: alpha for name, (_, alpha) in settings.items() if alpha != self.lora_alpha},
         )  # fmt: skip
 
 
@@ -111,46 +106,54 @@ def read_peft_config(path: Path) -> PeftConfig:
     return config
 
 
-def named_modules(config: PeftConfig, model: CausalLM) -> dict[str, str]:
-    """Block type of every module that `config` says is adapted, by our name, in the model's order."""
-    return {name: kind for name, kind in adaptable_modules(model).items() if config.names(spellings(name, model), kind)}
+def named_units(config: PeftConfig, model: CausalLM, form: Form) -> dict[str, list[str | None]]:
+    """The modules that `config` says are adapted, in the model's order: of each its units (`forms.units`), None in place of those that it leaves out."""
+    named: dict[str, list[str | None]] = {}
+    for name, kind in adaptable_modules(model).items():
+        all_units = units(name, plain(model.get_submodule(name)), form)
+        layer = spellings(name, model) if all_units != [name] else []
+        found = [unit if config.names(spellings(unit, model), kind, layer) else None for unit in all_units]
+        if any(found):
+            named[name] = found
+    return named
 
 
 def unplaced_parameters(config: PeftConfig, model: CausalLM) -> list[str]:
     """The `target_parameters` that are not experts of `model`: others lie in layouts that are not read."""
     experts = [spellings(name, model) for name, kind in adaptable_modules(model).items() if kind == "experts"]
-    return [target for target in config.target_parameters or () if not any(_matches([target], spelled) for spelled in experts)]
+    return [
+        target
+        for target in sorted(config.target_parameters or ())
+        if not any(_matches(frozenset([target]), spelled) for spelled in experts)
+    ]
 
 
-def peft_keys(name: str, named: Mapping[str, str], model: CausalLM) -> list[str]:
-    """What the keys of a module's tensors may begin with, PEFT's own spelling first; `named` has the block type of all adapted ones."""
-    keys = [PREFIX + spelled for spelled in spellings(name, model)]
-    if named[name] != "experts":
-        return keys
-    owner, _, last = name.rpartition(".")
-    nested = ".base_layer" if last == "up_proj" and f"{owner}.down_proj" in named else ""
-    return [key.rpartition(".")[0] + nested for key in keys]
-
-
-def peft_config(named: Mapping[str, str], lora: Lora, model: CausalLM, *, base: str) -> dict[str, Any]:
-    """adapter_config.json for an adapter of the modules `named`."""
-    theirs = {name: spellings(name, model)[0] for name in named}
-    linear = [theirs[name] for name, kind in named.items() if kind != "experts"]
-    experts = [theirs[name] for name, kind in named.items() if kind == "experts"]
-    settings = module_settings(named, lora)
+def peft_config(lora: Lora, settings: Mapping[str, Lora], model: CausalLM, form: Form, *, base: str) -> dict[str, Any]:
+    """adapter_config.json for an adapter in `form`; `settings` has what holds for each adapted module."""
+    kinds = adaptable_modules(model)
+    theirs = {name: spellings(name, model)[0] for name in settings}
+    fused = [theirs[name] for name in settings if kinds[name] == "experts"] if form == "fused" else []
+    linear = [theirs[name] for name in settings if kinds[name] != "experts"] if form == "fused" else _ends(settings, model)
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
         "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "use_dora": lora.dora, "fan_in_fan_out": False,
-        "lora_dropout": 0.0 if experts else lora.dropout, "target_modules": linear, "target_parameters": experts or None,
+        "lora_dropout": 0.0 if fused else lora.dropout, "target_modules": linear, "target_parameters": fused or None,
         "rank_pattern": {theirs[name]: its.rank for name, its in settings.items() if its.rank != lora.rank},
         "alpha_pattern": {theirs[name]: its.alpha for name, its in settings.items() if its.alpha != lora.alpha},
     }  # fmt: skip
 
 
-def spellings(name: str, model: CausalLM) -> list[str]:
-    """transformers' name of a module of ours, and ours where that is another."""
-    theirs = [alias + name.removeprefix(ours) for alias, ours in model.aliases.items() if name.startswith(ours)]
-    return [*theirs, name]
+def _ends(adapted: Collection[str], model: CausalLM) -> list[str]:
+    """Names for a list of `target_modules` that reach the adapted modules, every expert by itself, and no other: of each the shortest end that does."""
+    every = {name: units(name, plain(model.get_submodule(name)), "per_expert") for name in adaptable_modules(model)}
+    outside = {end for name, names in every.items() if name not in adapted for unit in names for end in ends_of(unit)}
+    return list(dict.fromkeys(next(end for end in ends_of(unit) if end not in outside) for name in adapted for unit in every[name]))
+
+
+def ends_of(name: str) -> list[str]:
+    """The name's last parts, the shortest first, itself last."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def _first_match(pattern: Mapping[str, Number] | None, spellings: list[str], *, otherwise: Number) -> Number:
@@ -159,8 +162,8 @@ def _first_match(pattern: Mapping[str, Number] | None, spellings: list[str], *, 
     return next(matched, otherwise)
 
 
-def _matches(targets: str | list[str] | None, spellings: list[str]) -> bool:
-    """As PEFT, under any of the spellings: a string is a regular expression of the whole name, a list holds names or their last parts."""
+def _matches(targets: str | frozenset[str] | None, spellings: list[str]) -> bool:
+    """As PEFT, under any of the spellings: a string is a regular expression of the whole name, of a list's names each is a name or its last parts."""
     if isinstance(targets, str):
         return any(re.fullmatch(targets, name) for name in spellings)
-    return any(f".{name}".endswith(f".{target}") for target in targets or () for name in spellings)
+    return bool(targets) and any(end in targets for name in spellings for end in ends_of(name))
