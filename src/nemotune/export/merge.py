@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nemotune.errors import CheckpointError
 from nemotune.export.safetensors_files import weight_files
-from nemotune.export.stream import Ends, Plan, write
+from nemotune.export.stream import Ends, Plan, bytes_of, in_threads, write
 from nemotune.export.tuned import Tuned, open_tuned
 from nemotune.lora.layers import scale
 from nemotune.lora.pairs import gains
@@ -25,7 +24,7 @@ from nemotune.models.saving import copy_side_files
 from nemotune.weights import Checkpoint, WritePlan
 from nemotune.weights.writer import write_index
 
-SAMPLED_TENSORS, SAMPLED_ROWS = 64, 256  # so many updated ones, as many untouched ones; rows of each updated one
+SAMPLED_TENSORS, SAMPLED_ROWS, ROWS_AT_ONCE = 64, 256, 1024  # so many updated ones, as many untouched ones; rows of each updated one
 TRAINED_WITH = ("chat_template.jinja", "generation_config.json")  # the adapter's own win over the base's: it was trained with them
 
 
@@ -65,8 +64,10 @@ def verify(directory: Path, tuned: Tuned) -> Verified:
     if written.tensors != tuned.infos:
         raise CheckpointError(f"{directory}: names, shapes and dtypes as written are not the base's; nothing was kept. Merge again")
     updated, untouched = _sample(tuned.updates), _sample(name for name in tuned.infos if name not in tuned.updates)
-    wrong = [name for name in updated if not _is_updated(written.read(name), name, tuned)]
-    wrong += [name for name in untouched if not torch.equal(_bytes(written.read(name)), _bytes(tuned.base.read(name)))]
+    are_right = in_threads(
+        lambda name: (_is_updated if name in tuned.updates else _is_the_bases)(written, name, tuned), [*updated, *untouched]
+    )
+    wrong = [name for name, is_right in zip([*updated, *untouched], are_right, strict=True) if not is_right]
     if wrong:
         raise CheckpointError(
             f"{directory}: {len(wrong)} of {len(updated) + len(untouched)} tensors read back are not base + adapter, first {wrong[0]}; "
@@ -80,16 +81,18 @@ def _sample(names: Iterable[str]) -> list[str]:
     return random.Random(0).sample(ordered, min(SAMPLED_TENSORS, len(ordered)))
 
 
-def _is_updated(written: Tensor, name: str, tuned: Tuned) -> bool:
-    """Whether rows of `written` are base + adapter, rounded to its dtype once."""
+def _is_updated(source: Checkpoint, name: str, tuned: Tuned) -> bool:
+    """Whether rows of it, as written, are base + adapter, rounded to its dtype once."""
     assert tuned.adapter is not None
     module, expert = tuned.updates[name]
-    rows = slice(None, None, max(1, len(written) // SAMPLED_ROWS))
-    A, B = (t.double() if expert is None else t[expert].double() for t in tuned.adapter.pairs[module])
-    base = tuned.base.read(name)[rows].double()
+    num_rows = tuned.infos[name].shape[0]
+    rows = torch.arange(0, num_rows, max(1, num_rows // SAMPLED_ROWS))
+    written, base = (torch.cat([checkpoint.read_rows(name, i, i + 1) for i in rows.tolist()]) for checkpoint in (source, tuned.base))
+    A, B = tuned.adapter.pairs[module] if expert is None else (t[expert] for t in tuned.adapter.pairs[module])
+    A, B = A.double(), B[rows].double()
     its = tuned.adapter.settings[module]
-    exact = base + scale(its) * (B[rows] @ A)
-    summed = base.abs() + scale(its) * (B[rows].abs() @ A.abs())
+    exact = base.double() + scale(its) * (B @ A)
+    summed = base.double().abs() + scale(its) * (B.abs() @ A.abs())
     kind, eps = torch.finfo(written.dtype), torch.finfo(torch.float32).eps
     lost = (4 + its.rank) * eps * summed  # by fp32 sums of rank terms
     if module in tuned.adapter.magnitudes:
@@ -98,8 +101,12 @@ def _is_updated(written: Tensor, name: str, tuned: Tuned) -> bool:
         exact, lost = gain * exact, gain.abs() * (lost + loss_of_gain * exact.abs())
     # half a unit in the last place of the dtype, and what was lost before it
     allowed = 0.501 * kind.eps * exact.abs().clamp(min=kind.tiny) + lost
-    return bool(((written[rows].double() - exact).abs() <= allowed).all())
+    return bool(((written.double() - exact).abs() <= allowed).all())
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _is_the_bases(source: Checkpoint, name: str, tuned: Tuned) -> bool:
+    """Whether all its bytes are."""
+    if not tuned.infos[name].shape:
+        return bytes_of(source.read(name)) == bytes_of(tuned.base.read(name))
+    pairs = zip(source.slices(name, ROWS_AT_ONCE), tuned.base.slices(name, ROWS_AT_ONCE), strict=True)
+    return all(torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in pairs)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from torch import Tensor
 from nemotune.errors import ConflictError, DiskFullError, NemotuneError
 from nemotune.files import disk_full_is_readable, partial_path, refuse_target, require_space, sync_tree, take_place
 
-Report = TypeVar("Report")
+Report, Item, Result = TypeVar("Report"), TypeVar("Item"), TypeVar("Result")
 Buffer = bytes | memoryview
 Piece = Callable[[], Buffer]  # makes some of a part's bytes, in a thread of its own; torch has one thread there
 Ends = Mapping[str, list[int]]  # file -> where each of its parts ends
@@ -96,10 +96,10 @@ def write(plan: Plan[Report], target: Path, *, overwrite: bool = False, done: Ca
         _require_space(plan, journal)
         if not plan.is_file:
             content.mkdir(exist_ok=True)
-        with ThreadPoolExecutor(THREADS, initializer=partial(torch.set_num_threads, 1)) as pool:
+        with _threads() as pool, ThreadPoolExecutor(1) as syncing:
             try:
                 for file in plan.files:
-                    _write_file(place[file.name], file, journal, pool, done)
+                    _write_file(place[file.name], file, journal, pool, syncing, done)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -114,6 +114,17 @@ def write(plan: Plan[Report], target: Path, *, overwrite: bool = False, done: Ca
         take_place(content, target)
         shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """The results for all items, in their order: what `verify` reads back is independent work, as the pieces are."""
+    with _threads() as pool:
+        return list(pool.map(function, items))
+
+
+def _threads() -> ThreadPoolExecutor:
+    """Many threads in which torch has one each: results do not depend on how many cores there are, and no thread waits for others spinning."""
+    return ThreadPoolExecutor(THREADS, initializer=partial(torch.set_num_threads, 1))
 
 
 def fingerprint(*paths: Path) -> list[list[Any]]:
@@ -137,15 +148,18 @@ def _require_space(plan: Plan[Any], journal: _Journal) -> None:
         raise
 
 
-def _write_file(path: Path, file: OutputFile, journal: _Journal, pool: ThreadPoolExecutor, done: Callable[[int], None]) -> None:
-    """Write what is missing of the file, some pieces ahead in the making, and have it on the disk."""
+def _write_file(
+    path: Path, file: OutputFile, journal: _Journal, pool: ThreadPoolExecutor, syncing: ThreadPoolExecutor, done: Callable[[int], None]
+) -> None:
+    """Write what is missing of the file, some pieces ahead in the making, and have it on the disk, which begins while more is written."""
     ends = journal.ends.setdefault(file.name, [])
     with path.open("r+b" if ends else "wb", buffering=0) as out:
-        at = synced = ends[-1] if ends else 0
+        at = begun = ends[-1] if ends else 0
         out.truncate(at)
         out.seek(at)
         done(at)
         made = _ahead(((part, piece) for part in file.parts[len(ends) :] for piece in part.pieces() or [_no_bytes]), pool)
+        synced: Future[None] = syncing.submit(_sync_and_note, out, file, journal, len(ends))
         for part, buffers in groupby(made, key=lambda pair: pair[0]):
             start = at
             for _, buffer in buffers:
@@ -153,9 +167,11 @@ def _write_file(path: Path, file: OutputFile, journal: _Journal, pool: ThreadPoo
                 done(len(buffer))
             assert at - start == part.num_bytes or not part.is_exact, f"{part.name}: planned {part.num_bytes} bytes, made {at - start}"
             ends.append(at)
-            if at - synced >= SYNC_BYTES:
-                synced = _sync_and_note(out, file, journal, at)
-        _sync_and_note(out, file, journal, at)
+            if at - begun >= SYNC_BYTES:
+                synced.result()
+                begun, synced = at, syncing.submit(_sync_and_note, out, file, journal, len(ends))
+        synced.result()
+        _sync_and_note(out, file, journal, len(ends))
 
 
 def _ahead(jobs: Iterator[tuple[Part, Piece]], pool: ThreadPoolExecutor) -> Iterator[tuple[Part, Buffer]]:
@@ -177,10 +193,9 @@ def _write_all(out: IO[bytes], buffer: Buffer) -> int:
     return len(buffer)
 
 
-def _sync_and_note(out: IO[bytes], file: OutputFile, journal: _Journal, at: int) -> int:
+def _sync_and_note(out: IO[bytes], file: OutputFile, journal: _Journal, num_parts: int) -> None:
     os.fsync(out.fileno())
-    journal.note(file.name)
-    return at
+    journal.note(file.name, num_parts)
 
 
 def _no_bytes() -> bytes:
@@ -220,11 +235,11 @@ class _Journal:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def note(self, name: str) -> None:
-        """Everything of the file `name` that is in `ends` is on the disk."""
-        for end in self.ends[name][self._noted.get(name, 0) :]:
+    def note(self, name: str, num_parts: int) -> None:
+        """So many parts of the file `name` are on the disk."""
+        for end in self.ends[name][self._noted.get(name, 0) : num_parts]:
             self._file.write(json.dumps([name, end]) + "\n")
-        self._noted[name] = len(self.ends[name])
+        self._noted[name] = num_parts
         self._file.flush()
         os.fsync(self._file.fileno())
 

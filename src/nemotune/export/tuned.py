@@ -26,7 +26,7 @@ from nemotune.models.disk_names import disk_pieces
 from nemotune.models.loading import build_model, check_weights
 from nemotune.weights import Checkpoint, TensorInfo
 
-PIECE_NUMEL = 2**22  # of a tensor at once
+PIECE_NUMEL = 2**18  # of a tensor at once
 
 
 @dataclass(frozen=True)
