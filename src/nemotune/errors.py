@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
-    "CheckpointError", "ConflictError", "DataError", "DiskFullError", "MissingFileError", "NemotuneError",
+    "CheckpointError", "ConflictError", "DataError", "DiskFullError", "HubError", "MissingFileError", "NemotuneError",
     "RecipeError", "TrainingError", "UnsupportedError", "did_you_mean",
 ]  # fmt: skip
 
@@ -47,6 +47,10 @@ class TrainingError(NemotuneError, RuntimeError):
 
 class DiskFullError(NemotuneError, OSError):
     """Not enough room for an output."""
+
+
+class HubError(NemotuneError, ConnectionError):
+    """A hub that cannot be reached, or that refuses what was asked of it."""
 
 
 class UnsupportedError(NemotuneError, NotImplementedError):

@@ -20,8 +20,8 @@ from nemotune.workflow import processes
 
 __all__ = ["guarded", "main"]
 
-VERBS = ("run", "data", "data index", "plan", "train", "launch", "eval", "merge", "report", "recipes", "doctor")
-MODULES = {"eval": "evaluate", "data index": "index"}  # where the verb's name is none for a module
+VERBS = ("run", "data", "data index", "plan", "train", "launch", "eval", "merge", "export hub", "report", "recipes", "doctor")
+MODULES = {"eval": "evaluate", "data index": "index", "export hub": "export_hub"}  # where the verb's name is none for a module
 
 
 class Verbs(TyperGroup):

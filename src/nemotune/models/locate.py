@@ -18,7 +18,9 @@ BESIDE_WEIGHTS = [
     "*.model",
     "merges.txt",
     "LICENSE*",
-]  # config, index, tokenizer, template; never Python, never pickles
+    "NOTICE*",
+    "README.md",
+]  # config, index, tokenizer, template, licence and the card that names it; never Python, never pickles
 
 
 def locate(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
