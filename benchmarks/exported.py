@@ -1,6 +1,7 @@
 """What the export benchmarks start from: random models of about 850 M parameters in bf16, with an adapter on every linear layer of the default.
 
-The llama has Llama-3.1's vocabulary, the hybrid Nemotron-3's and the widths of Nemotron 3 Nano, whose rows are no multiples of 256.
+The llama has Llama-3.1's vocabulary and six layers. The hybrid has Nemotron-3's vocabulary and the widths of Nemotron 3 Nano, whose rows are
+no multiples of 256, in one block of each kind with ten experts.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ WIDE: dict[str, dict[str, Any]] = {
         "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "pad_token_id": None,
     },
     "nemotron_h": CONFIGS["nemotron_h"] | {
-        "hybrid_override_pattern": "ME*ME", "num_hidden_layers": 5, "hidden_size": 2688, "num_attention_heads": 32, "head_dim": 128,
-        "mamba_num_heads": 64, "n_groups": 8, "intermediate_size": 1856, "moe_intermediate_size": 1856, "tie_word_embeddings": True,
-        "moe_shared_expert_intermediate_size": 3712, "n_routed_experts": 18, "num_experts_per_tok": 6,
+        "hybrid_override_pattern": "ME*", "num_hidden_layers": 3, "hidden_size": 2688, "num_attention_heads": 32, "head_dim": 128,
+        "mamba_num_heads": 64, "n_groups": 8, "intermediate_size": 1856, "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712, "n_routed_experts": 10, "num_experts_per_tok": 6,
     },
 }  # fmt: skip
 TOKENIZERS = {

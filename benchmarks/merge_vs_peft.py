@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = _arguments(argv)
     work = asked.work / f"{asked.family}{'-small' if asked.small else ''}"
     if asked.step:
-        STEPS[asked.step](work / "base", work / "adapter", work / "out")
+        STEPS[asked.step](work / "base", work / "adapter", asked.out or work / "out")
         return
     command = [
         sys.executable,
@@ -105,6 +105,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs") / "benchmarks" / "export", help="where models are kept")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--step", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

@@ -221,3 +221,16 @@ def test_another_set_of_tensors_is_never_called_done(tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "write_index", lambda directory, plan: write_index(directory, without_the_last(plan)))
     with pytest.raises(CheckpointError, match="names, shapes and dtypes"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_base_with_values_that_are_not_finite_is_refused_by_name(tmp_path, dtype, value):
+    with_adapter(tmp_path, "llama", Lora(rank=4, targets=("q_proj",)), dtype=dtype)
+    base = open_tuned(tmp_path / "base").infos["model.layers.1.mlp.up_proj.weight"]
+    tensors = load_file(tmp_path / "base" / base.file)
+    tensors[base.name][-1, 3] = value
+    save_file(tensors, tmp_path / "base" / base.file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotune.errors import UnsupportedError
+from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.export.stream import fingerprint
 from nemotune.lora.adapter import read_adapter
 from nemotune.lora.pairs import Adapter
@@ -66,11 +66,16 @@ class Tuned:
 
     def _rows(self, name: str, start: int, stop: int | None) -> Tensor:
         weight = self.base.read(name) if stop is None else self.base.read_rows(name, start, stop)
-        if name not in self.updates:
-            return weight
-        assert self.adapter is not None
-        module, expert = self.updates[name]
-        return self.adapter.updated(weight, module, expert, start=start).to(weight.dtype)
+        if name in self.updates:
+            assert self.adapter is not None
+            module, expert = self.updates[name]
+            weight = self.adapter.updated(weight, module, expert, start=start).to(weight.dtype)
+        if weight.is_floating_point() and not weight.sum(dtype=torch.float64 if weight.itemsize > 2 else torch.float32).isfinite():
+            raise CheckpointError(
+                f"{self.directory}: {name}{' with its adapter' * (name in self.updates)} holds values that are not finite, which no export keeps; "
+                "copy the weights again, or train with a lower train.learning_rate"
+            )
+        return weight
 
 
 def open_tuned(directory: Path, adapter_dir: Path | None = None) -> Tuned:
