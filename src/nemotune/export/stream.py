@@ -94,8 +94,8 @@ def write(plan: Plan[Report], target: Path, *, overwrite: bool = False, done: Ca
     place = {file.name: content if plan.is_file else content / file.name for file in plan.files}
     with disk_full_is_readable(target, left=_what_is_left(staging)), _Journal(staging, plan.identity, place) as journal:
         _require_space(plan, journal)
-        if not plan.is_file:
-            content.mkdir(exist_ok=True)
+        for path in (content / "_", *place.values()) if not plan.is_file else ():
+            path.parent.mkdir(parents=True, exist_ok=True)
         with _threads() as pool, ThreadPoolExecutor(1) as syncing:
             try:
                 for file in plan.files:

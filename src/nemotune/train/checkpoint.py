@@ -26,8 +26,9 @@ from nemotune.files import disk_full_is_readable, write_json
 from nemotune.models import CausalLM
 from nemotune.train.state import Place, blocks_to_write, kept_layouts, load_state, shares
 from nemotune.train.step import StepResult
-from nemotune.train.storage import Block, require_files, write_blocks
+from nemotune.train.storage import Block, write_blocks
 from nemotune.weights import Layout
+from nemotune.weights.dcp_metadata import require_files
 from nemotune.weights.host_memory import free_host_memory
 
 PROGRESS = "trainer.json"

@@ -1,8 +1,8 @@
 """Blocks of tensors in a directory of torch.distributed.checkpoint files, which are data and never run as code.
 
 A block lies at its place in the whole tensor, so whoever reads may hold other blocks than whoever wrote. Left to itself DCP unpickles
-`.metadata` and entries that are no tensors, whatever they name. Here `.metadata` may name the classes that DCP writes into it and nothing
-else, and there are tensors alone, which DCP reads with weights_only. What is trusted is torch: those classes, and its reader of tensors.
+`.metadata` and entries that are no tensors, whatever they name. Here `.metadata` is read as data (`weights/dcp_metadata.py`), and there are
+tensors alone, which DCP reads with weights_only. What is trusted is torch: its classes of metadata, and its reader of tensors.
 """
 
 from __future__ import annotations
@@ -26,19 +26,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from nemotune.files import partial_path, staged_directory
-
-METADATA = ".metadata"  # DCP writes it last
-WRITTEN_BY_DCP = {
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorStorageMetadata", "ChunkStorageMetadata",
-        "TensorProperties", "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
-    "torch.serialization": ("_get_layout",),
-    "pathlib": ("PosixPath",),
-    "pathlib._local": ("PosixPath",),  # Python 3.13
-}  # fmt: skip
+from nemotune.weights.dcp_metadata import load_metadata
 
 # It is meant where there is one process. For good, not around the call: what is ignored counts for all threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -79,32 +67,6 @@ def read_blocks(blocks: Sequence[Block], directory: Path) -> None:
         dcp.load({}, storage_reader=_Reader(directory), planner=_LoadPlanner(blocks), no_dist=True)
     except dcp.api.CheckpointException as error:
         raise _cause(error) from error
-
-
-def require_files(directory: Path) -> None:
-    """Raises OSError or ValueError where a file of `directory` is missing or of another length than was written."""
-    ends: dict[str, int] = {}
-    for place in (load_metadata(directory).storage_data or {}).values():
-        ends[place.relative_path] = max(place.offset + place.length, ends.get(place.relative_path, 0))
-    for name, expected in ends.items():
-        if not (directory / name).is_file():
-            raise ValueError(f"{name} is missing")
-        if (got := (directory / name).stat().st_size) != expected:
-            raise ValueError(f"{name} has {got} bytes, expected {expected}")
-
-
-def load_metadata(directory: Path) -> Metadata:
-    """What DCP wrote of its files. Raises ValueError where it is damaged or names anything but DCP's own classes."""
-    with (directory / METADATA).open("rb") as file:
-        try:
-            found = _Unpickler(file).load()
-        except _Refused:
-            raise
-        except Exception as error:  # a pickle that was cut off or overwritten may raise anything
-            raise ValueError(f"{METADATA} is damaged: {error}") from error
-    if not isinstance(found, Metadata):
-        raise ValueError(f"{METADATA} holds {type(found).__name__}, expected torch's Metadata")
-    return found
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -171,17 +133,6 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise AssertionError("only tensors are planned")
-
-
-class _Refused(ValueError):
-    pass
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in WRITTEN_BY_DCP.get(module, ()):
-            raise _Refused(f"{METADATA} names {module}.{name}, which torch.distributed.checkpoint does not write")
-        return super().find_class(module, name)
 
 
 def _by_place(blocks: Sequence[Block]) -> Mapping[tuple[str, tuple[int, ...]], Block]:

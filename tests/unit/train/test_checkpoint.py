@@ -27,7 +27,7 @@ from nemotune.train import checkpoint, state
 from nemotune.train.checkpoint import Checkpoints, Progress
 from nemotune.train.optim import make_optimizer
 from nemotune.train.step import accumulate
-from nemotune.train.storage import load_metadata
+from nemotune.weights.dcp_metadata import load_metadata
 
 
 def test_a_checkpoint_of_lora_holds_the_adapters_and_their_moments_alone(hybrid_dir, tmp_path):

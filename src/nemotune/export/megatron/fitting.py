@@ -1,0 +1,130 @@
+"""A model's tensors on both sides held against each other: which home holds what, with every size known, every name accounted for."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from nemotune.errors import CheckpointError
+from nemotune.export.megatron.homes import Home
+from nemotune.export.megatron.rows import Rows, cut, inverted
+from nemotune.models.base import CausalLM
+
+SLAB_NUMEL = 2**24  # of a tensor at once
+SAMPLED = 64  # tensors that are compared where not all are
+
+T = TypeVar("T")
+ReadRows = Callable[[Rows], Tensor]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How many tensors were read back, mapped the other way and found the same bit for bit, of how many."""
+
+    tensors: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A home whose runs are all counted: `tail` is the shape of a row."""
+
+    home: Home
+    tail: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.home.name
+
+    @property
+    def num_rows(self) -> int:
+        return sum(run.length for run in self.home.entries[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the Megatron tensor."""
+        return (*((len(self.home.entries),) if self.home.stacked else ()), self.num_rows, *self.tail)
+
+
+def fit(home: Home, shape_of: Callable[[str], tuple[int, ...]]) -> Fitted:
+    """The home with the rows that `shape_of` says of its Hugging Face tensors. Raises ValueError where these do not go together."""
+    shapes = {name: shape_of(name) for name in home.names}
+    tails = {shape[1:] for shape in shapes.values()}
+    if len(tails) > 1:
+        raise ValueError(f"{home.name}: is made of rows of different shapes, {sorted(tails)}")
+    entries = tuple(tuple(_counted(run, shapes[run.name][0]) for run in entry) for entry in home.entries)
+    if len({sum(run.length for run in entry) for entry in entries}) > 1:
+        raise ValueError(f"{home.name}: its entries have different numbers of rows")
+    return Fitted(replace(home, entries=entries), tails.pop())
+
+
+def made_of(fitted: Iterable[Fitted]) -> tuple[dict[str, list[Rows]], list[str]]:
+    """Of which rows of Megatron's tensors each Hugging Face tensor is made, in order; and which of them have gaps or overlaps."""
+    rows = [(each.name, i if each.home.stacked else None, entry) for each in fitted for i, entry in enumerate(each.home.entries)]
+    places: dict[str, list[tuple[int, int]]] = {}
+    for _, _, entry in rows:
+        for run in entry:
+            places.setdefault(run.name, []).append((run.first, run.length))
+    problems = []
+    for name, runs in places.items():
+        ends = [0, *accumulate(length for _, length in sorted(runs))]
+        if [first for first, _ in sorted(runs)] != ends[:-1]:
+            problems.append(f"{name}: the tensors of Megatron that it is made of have gaps or overlaps")
+    return inverted(rows), problems
+
+
+def rows_between(runs: Iterable[Rows], start: int, stop: int, read: ReadRows) -> Tensor:
+    """Rows `start` to `stop` of what the runs make."""
+    parts = [read(run) for run in cut(runs, start, stop)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def slabs(num_rows: int, tail: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(first row, the one after the last) of slabs of a bounded size."""
+    rows = max(1, SLAB_NUMEL // max(1, math.prod(tail)))
+    return [(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit: -0.0 is not 0.0."""
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(_bytes(one), _bytes(other))
+
+
+def refuse(directory: Path, problems: list[str], remedy: str) -> None:
+    """Raise CheckpointError with all problems, where there is one."""
+    if problems:
+        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        listed = "\n  ".join(problems[:8])
+        raise CheckpointError(f"{directory}: {len(problems)} tensors do not fit:\n  {listed}{more}\n{remedy}")
+
+
+def canonical(name: str, model: CausalLM) -> str:
+    """Our name of a tensor on disk."""
+    for alias, prefix in model.aliases.items():
+        if name.startswith(alias):
+            return prefix + name.removeprefix(alias)
+    return name
+
+
+def sampled(tensors: Sequence[T], *, all_: bool) -> list[T]:
+    """All of them, or always the same few."""
+    return list(tensors) if all_ else random.Random(0).sample(list(tensors), min(SAMPLED, len(tensors)))
+
+
+def _counted(run: Rows, available: int) -> Rows:
+    run = run if run.count is not None else replace(run, count=available)
+    if run.first + run.length > available:
+        raise ValueError(f"{run.name}: has {available} rows, expected {run.first + run.length}")
+    return run
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

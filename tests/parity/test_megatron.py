@@ -1,0 +1,97 @@
+"""Checkpoints that Megatron-Bridge wrote, and ours of the same models: equal tensor for tensor in both directions; megatron-core loads ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from nemotune.export.megatron.checkpoint import open_megatron
+from nemotune.export.megatron.to_hf import open_export
+from nemotune.export.megatron.to_megatron import plan_import
+from nemotune.export.stream import write
+from nemotune.export.tuned import open_tuned
+
+REAL = os.environ.get("NEMOTUNE_TEST_DATA")
+pytestmark = pytest.mark.skipif(not REAL, reason="NEMOTUNE_TEST_DATA is not set")
+FIXTURES = Path(str(REAL)) / "fixtures" / "megatron"
+MODELS = ("llama_tiny", "nemotron_h_tiny")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory):
+    """A model's name, our checkpoint of it, and Megatron-Bridge's."""
+    path = tmp_path_factory.mktemp("megatron") / request.param
+    compared = write(plan_import(open_tuned(FIXTURES / "hf" / request.param), verify_all=True), path)
+    assert compared.tensors == compared.of == len(load_file(FIXTURES / "hf" / request.param / "model.safetensors"))
+    return request.param, open_megatron(path), open_megatron(FIXTURES / "ckpt_bridge_0.3.1" / request.param)
+
+
+def test_our_import_is_megatron_bridges_tensor_for_tensor_with_every_extra_state(model):
+    _, ours, theirs = model
+    assert ours.stored.tensors.keys() == theirs.stored.tensors.keys()
+    for name in ours.stored.tensors:
+        one, other = ours.stored.read(name), theirs.stored.read(name)
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+    assert ours.stored.objects >= theirs.stored.objects
+
+
+def test_our_export_of_megatron_bridges_checkpoint_is_the_model_it_was_made_from(model, tmp_path):
+    name, _, theirs = model
+    hf = FIXTURES / "hf" / name
+    write(open_export(theirs, hf).plan(verify_all=True), tmp_path / "hf")
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+    assert {file.name for file in hf.iterdir()} == {file.name for file in (tmp_path / "hf").iterdir()}
+
+
+def test_what_run_config_says_is_what_megatron_bridge_says(model):
+    """Every key is one that it writes, with its value: but for Llama's rotary base, where 0.3.1 looked in the wrong place of config.json."""
+    _, ours, theirs = model
+    own, told = ours.model, theirs.model
+    assert {key: value for key, value in own.items() if key not in told} == {}
+    different = {key for key in own if own[key] != told[key]} - {"hf_model_id"}
+    assert different <= {"rotary_base"} and own.get("rotary_base", 500_000) == 500_000
+    minimal = yaml.safe_load((FIXTURES / "run_config.minimal.yaml").read_text())
+    if "hybrid_override_pattern" in own:
+        assert minimal["model"].keys() <= own.keys()
+
+
+def test_files_beside_the_tensors_are_megatron_bridges(model):
+    _, ours, theirs = model
+    for name in ("common.pt", "train_state.pt", "../latest_train_state.pt"):
+        one, other = (torch.load(checkpoint.directory / name, weights_only=True) for checkpoint in (ours, theirs))
+        assert str(one) == str(other)
+    names = [{str(path.relative_to(c.directory.parent)) for path in c.directory.parent.rglob("*")} for c in (ours, theirs)]
+    assert {name for name in names[1] if not name.endswith(".distcp")} <= names[0]
+
+
+def test_megatron_core_loads_ours_in_shards_and_finds_every_extra_state(model):
+    """With the strictness that raises on anything missing; as the second of two tensor-parallel ranks, the last of two expert-parallel ones."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    _, ours, theirs = model
+    assert dist_checkpointing.load_common_state_dict(str(ours.directory))["checkpoint_version"] == 3.0
+    wanted, expected = {}, {}
+    for name, tensor in theirs.stored.tensors.items():
+        halved = next((dim for dim, size in enumerate(tensor.shape) if size % 2 == 0), None)
+        part = tensor.shape if halved is None else tuple(n // 2 if d == halved else n for d, n in enumerate(tensor.shape))
+        offsets = () if halved is None else ((halved, 1, 2),)
+        wanted[name] = ShardedTensor.from_rank_offsets(name, torch.empty(part, dtype=tensor.dtype), *offsets)
+        whole = theirs.stored.read(name)
+        expected[name] = whole if halved is None else whole.narrow(halved, part[halved], part[halved])
+    for name in theirs.stored.objects:
+        key, _, shard = name.rpartition("/shard_")
+        at, of = map(int, shard.split("_"))
+        wanted[name] = ShardedObject(key, None, (of,), (at,))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        loaded = dist_checkpointing.load(wanted, str(ours.directory), validate_access_integrity=False, strict="raise_unexpected")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    assert {(loaded[name].dtype, loaded[name].numel()) for name in theirs.stored.objects} == {(torch.uint8, 0)}
