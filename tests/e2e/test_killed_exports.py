@@ -1,0 +1,92 @@
+"""Every export, killed by -9 at random moments: what it was to replace is as it was, or whole; the next run completes it and leaves nothing beside."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from random_models import make
+
+from nemotune.export import stream
+from nemotune.export.merge import plan_merge
+from nemotune.export.stream import write
+from nemotune.export.tuned import open_tuned
+from nemotune.lora import apply_lora, save_adapter
+from nemotune.lora.layers import lora_modules
+from nemotune.models import load_model
+from nemotune.recipe import Lora
+
+LORA = Lora(rank=4, targets=("attention", "mamba", "experts"))
+PAUSE_SECONDS = 0.001  # between two pieces of a file, so that there are moments to die in
+
+
+@pytest.fixture(scope="module")
+def tuned_dirs(tmp_path_factory) -> tuple[Path, Path]:
+    """A base in several shards, and an adapter."""
+    directory = tmp_path_factory.mktemp("tuned")
+    make("hybrid").to(torch.bfloat16).save_pretrained(directory / "base", max_shard_size="50KB")
+    model = load_model(directory / "base")
+    apply_lora(model, LORA)
+    for _, layer in lora_modules(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    save_adapter(model, directory / "adapter", LORA, base="base")
+    return directory / "base", directory / "adapter"
+
+
+def merged(base: Path, adapter: Path, target: Path) -> None:
+    write(plan_merge(open_tuned(base, adapter)), target, overwrite=True)
+
+
+EXPORTS: dict[str, tuple[str, Callable[[Path, Path, Path], object]]] = {"merge": ("out", merged)}
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def run_and_kill(export: Callable[[], object], *, after_seconds: float) -> bool:
+    """Run it in a process of its own and kill that; whether it was alive until then."""
+    process = os.fork()
+    if process == 0:
+        try:
+            torch.set_num_threads(1)
+            export()
+        finally:
+            os._exit(0)
+    time.sleep(after_seconds)
+    os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_killed_export_leaves_its_target_as_it_was_or_whole_and_the_next_run_completes_it(name, tuned_dirs, tmp_path, monkeypatch):
+    filename, export = EXPORTS[name]
+    target = tmp_path / filename
+    export(*tuned_dirs, target)
+    whole = contents(target)
+    monkeypatch.setattr(stream, "SYNC_BYTES", 10_000)
+    slowly = stream._write_all
+    monkeypatch.setattr(stream, "_write_all", lambda out, buffer: time.sleep(PAUSE_SECONDS) or slowly(out, buffer))
+    began = time.perf_counter()
+    export(*tuned_dirs, target)
+    seconds, died = time.perf_counter() - began, 0
+    draw = random.Random(name)
+    for moment in range(6):
+        if moment == 3:
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        was_there = target.exists()
+        died += run_and_kill(lambda: export(*tuned_dirs, target), after_seconds=draw.uniform(0.1, 1.0) * seconds)
+        assert target.exists() or not was_there
+        assert not target.exists() or contents(target) == whole
+    assert died >= 3, "killed while it ran"
+    export(*tuned_dirs, target)
+    assert contents(target) == whole and [path.name for path in tmp_path.iterdir()] == [filename]
