@@ -30,7 +30,7 @@ class Kind:
     num_bytes: int
     pack: Callable[[Tensor], Tensor] | None = None
     dtype: torch.dtype | None = None
-    chunk: int = 1 << 17  # values at a time: large enough that calls cost little, small enough for the caches
+    chunk: int = 1 << 18  # values at a time: large enough that calls cost little, small enough for the caches
 
 
 KINDS = {
@@ -40,9 +40,9 @@ KINDS = {
     "Q8_0": Kind(32, 34, quantize_q8_0),
     "Q5_0": Kind(32, 22, quantize_q5_0),
     "Q5_1": Kind(32, 24, quantize_q5_1),
-    "Q4_K": Kind(256, 144, partial(quantize_k, grid=Q4_K), chunk=1 << 18),
-    "Q5_K": Kind(256, 176, partial(quantize_k, grid=Q5_K), chunk=1 << 18),
-    "Q6_K": Kind(256, 210, quantize_q6_k, chunk=1 << 17),
+    "Q4_K": Kind(256, 144, partial(quantize_k, grid=Q4_K)),
+    "Q5_K": Kind(256, 176, partial(quantize_k, grid=Q5_K)),
+    "Q6_K": Kind(256, 210, quantize_q6_k),
 }
 
 
@@ -88,7 +88,9 @@ def _plain(values: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _rounded(values: Tensor, through: torch.dtype | None) -> Tensor:
-    return _finite(values if through is None else values.to(through)).float()
+    """float32. By way of float32 also to float16: from bfloat16 torch is slow."""
+    values = values.float()
+    return _finite(values if through is None else values.to(through)).float().contiguous()
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ROUNDS_AS_RINT", "column_dots", "column_sums", "divided", "first_largest", "nearest"]
+__all__ = ["ROUNDS_AS_RINT", "as_bytes", "column_dots", "column_sums", "divided", "first_largest", "gathered_bits", "nearest"]
 
 ROUNDS_AS_RINT = 2.0**22  # below it ggml's nearest_int is rint
 _MAGIC = 12582912.0  # 1.5 * 2^23: its sum with a small float32 has the rounded value in its low bits
@@ -46,15 +46,15 @@ def divided(number: float, by: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.div(torch.tensor(number, dtype=torch.float32), by, out=out)
 
 
-def first_largest(x: Tensor) -> Tensor:
-    """Of each lane the element of largest magnitude, the first of equals."""
-    low, high = x.aminmax(dim=0)
+def first_largest(x: Tensor, dim: int) -> Tensor:
+    """Along `dim`, kept, the element of largest magnitude: the first of equals, +0.0 of zeros."""
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     largest = torch.where(high > -low, high, low)
-    tied = (high == -low).logical_and_(high != 0)
+    tied = ((high == -low) & (high != 0)).squeeze(dim)
     if tied.any():
-        among = x[:, tied]
-        largest[tied] = among.gather(0, among.abs().max(0, keepdim=True).indices)[0]
-    return largest.add_(0.0)  # no -0.0
+        among = x.movedim(dim, -1)[tied]
+        largest.movedim(dim, -1)[tied] = among.gather(1, among.abs().max(1, keepdim=True).indices)
+    return largest.add_(0.0)
 
 
 def nearest(values: Tensor, low: int, high: int, *, exact: bool) -> Tensor:
@@ -65,3 +65,13 @@ def nearest(values: Tensor, low: int, high: int, *, exact: bool) -> Tensor:
         return values.round_().clamp_(low, high)
     bits = values.add_(_MAGIC).view(torch.int32)
     return values.copy_(bits.bitwise_and(0x7FFFFF).sub_(0x400000).clamp_(low, high))
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """uint8 of the same rows."""
+    return values.flatten(1).view(torch.uint8)
+
+
+def gathered_bits(eights: Tensor) -> Tensor:
+    """A byte for each int64: bit i is the lowest bit of its byte i."""
+    return ((eights & 0x0101010101010101) * 0x0102040810204080 >> 56).to(torch.uint8)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotune.export.gguf.quants.arithmetic import ROUNDS_AS_RINT, column_dots, column_sums, divided, nearest
+from nemotune.export.gguf.quants.arithmetic import ROUNDS_AS_RINT, as_bytes, column_dots, column_sums, divided, nearest
 
 __all__ = ["Q4_K", "Q5_K", "Grid", "quantize_k"]
 
@@ -42,10 +42,13 @@ Q5_K = Grid(levels=31, first=-0.5, last_step=15)
 
 @dataclass(frozen=True)
 class Found:
-    """Of each lane: what the search kept; whether all values are equal; whether rint may differ from ggml's rounding. `levels` [I, M] if exact."""
+    """Of each lane: what the search kept; the largest magnitude; whether all values are equal; whether rint may not be ggml's rounding. `levels` [I, M]
+    if exact.
+    """
 
     scale: Tensor
     minimum: Tensor
+    largest: Tensor
     flat: Tensor
     irregular: Tensor
     levels: Tensor | None
@@ -53,20 +56,21 @@ class Found:
 
 def quantize_k(x_NK: Tensor, grid: Grid, *, exact: bool = False) -> Tensor:
     """uint8 [N, 144 or 176] of float32 [N, 256]."""
-    x_IM = x_NK.reshape(-1, SUB_BLOCK).t().contiguous()
-    found = search(x_IM, grid, exact=exact)
+    x_MI = x_NK.view(-1, SUB_BLOCK)
+    found = search(x_MI.t().contiguous(), grid, exact=exact)
     d, scales = _six_bits(found.scale)
     dmin, minima = _six_bits(found.minimum.neg())
     step = (d.float() * scales).flatten()
     offset = (dmin.float() * minima).flatten()
-    redo = found.irregular | ((step == 0) & ~found.flat)
-    redo |= (step != 0) & ~((x_IM.abs().amax(0) + offset) / step < ROUNDS_AS_RINT / 2)
-    levels = nearest(x_IM.add_(offset).div_(step), 0, grid.levels, exact=exact)
-    levels = torch.where(step == 0, 0.0 if found.levels is None else found.levels, levels)
-    packed = _pack(d, dmin, scales, minima, levels.to(torch.uint8).view(SUB_BLOCK, -1, SUB_BLOCKS), five_bits=grid.levels > 15)
-    rows = redo.view(-1, SUB_BLOCKS).any(1)
-    if not exact and rows.any():
-        packed[rows] = quantize_k(x_NK[rows], grid, exact=True)
+    levels = nearest((x_MI + offset[:, None]).div_(step[:, None]), 0, grid.levels, exact=exact)
+    kept = step == 0
+    if kept.any():
+        levels[kept] = 0.0 if found.levels is None else found.levels[:, kept].t()
+    packed = _pack(d, dmin, scales, minima, levels.to(torch.int8).view(-1, SUB_BLOCKS, SUB_BLOCK), five_bits=grid.levels > 15)
+    redo = found.irregular | torch.where(kept, ~found.flat, ~((found.largest + offset) / step < ROUNDS_AS_RINT / 2))
+    redo = redo.view(-1, SUB_BLOCKS).any(1)
+    if not exact and redo.any():
+        packed[redo] = quantize_k(x_NK[redo], grid, exact=True)
     return packed
 
 
@@ -81,8 +85,8 @@ def search(x: Tensor, grid: Grid, *, exact: bool) -> Found:
     sum_l, sum_x, sum_xl, sum_l2 = sums
     column_dots(w, x, sum_x)
     kept, tried = x.new_empty(3, lanes), x.new_empty(3, lanes)  # rows: error, scale, minimum
-    (_, scale, low), high = kept, x.amax(0)
-    torch.clamp(x.amin(0), max=0, out=low)
+    (_, scale, low), lowest, high = kept, x.amin(0), x.amax(0)
+    torch.clamp(lowest, max=0, out=low)
     span = high - low
     whole, narrowest, inverse = span.clone(), span.clone(), divided(grid.levels, span)
     divided(1.0, inverse, out=scale)
@@ -115,7 +119,7 @@ def search(x: Tensor, grid: Grid, *, exact: bool) -> Found:
             levels = torch.where(better, candidate, levels)
     flat = whole == 0
     regular = (whole > 1e-30) & (whole < 1e30) & (narrowest > whole * 2**-16)
-    return Found(scale, low, flat, ~(flat | regular), levels)
+    return Found(scale, low, torch.maximum(high, -lowest), flat, ~(flat | regular), levels)
 
 
 def _fit(sums: Tensor, sum_w: Tensor, *, out: Tensor) -> Tensor:
@@ -140,14 +144,14 @@ def _six_bits(values_M: Tensor) -> tuple[Tensor, Tensor]:
     return (largest / 63).half(), wrapped.clamp_(max=63).float()
 
 
-def _pack(d: Tensor, dmin: Tensor, scales_NJ: Tensor, minima_NJ: Tensor, levels_INJ: Tensor, *, five_bits: bool) -> Tensor:
+def _pack(d: Tensor, dmin: Tensor, scales_NJ: Tensor, minima_NJ: Tensor, levels_NJI: Tensor, *, five_bits: bool) -> Tensor:
     """uint8 [N, bytes]: d, dmin, 12 bytes of scales, the fifth bits of Q5_K, then 64 elements to 32 bytes, the low nibble first."""
     s, m = scales_NJ.to(torch.uint8), minima_NJ.to(torch.uint8)
-    heads = [d.view(torch.uint8), dmin.view(torch.uint8)]
-    heads += [s[:, :4] | (s[:, 4:] >> 4) << 6, m[:, :4] | (m[:, 4:] >> 4) << 6, (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4]
+    parts = [as_bytes(d), as_bytes(dmin)]
+    parts += [s[:, :4] | (s[:, 4:] >> 4) << 6, m[:, :4] | (m[:, 4:] >> 4) << 6, (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4]
+    eights = levels_NJI.view(torch.int64)
     if five_bits:
-        fifth = levels_INJ >> 4
-        heads.append(sum((fifth[..., j] << j for j in range(1, SUB_BLOCKS)), fifth[..., 0].clone()).t())
-        levels_INJ = levels_INJ & 15
-    nibbles = levels_INJ[..., 0::2] | levels_INJ[..., 1::2] << 4
-    return torch.cat([*heads, nibbles.permute(1, 2, 0).reshape(len(s), -1)], dim=1)
+        fifth = eights >> 4 & 0x0101010101010101
+        parts.append(as_bytes(sum((fifth[:, j] << j for j in range(1, SUB_BLOCKS)), fifth[:, 0])))
+        eights = eights & 0x0F0F0F0F0F0F0F0F
+    return torch.cat([*parts, as_bytes(eights[:, 0::2] | eights[:, 1::2] << 4)], dim=1)
