@@ -8,7 +8,18 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 LINE_SECONDS = 30.0  # between two plain lines
@@ -42,27 +53,32 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(description: str, *, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Yield a function that moves on by a number of rows; without a total it counts and spins."""
+def progress(description: str, *, total: int | None = None, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+    """Yield a function that moves on by a number of rows, or of bytes; without a total it counts and spins."""
     console, clock, done = Console(stderr=True, soft_wrap=True, highlight=False), Clock(), 0
     what = TextColumn("{task.description}", markup=False)
-    columns = (SpinnerColumn(), what, BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    counted = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(), _Rate())
+    columns = (SpinnerColumn(), what, BarColumn(), *counted, TimeRemainingColumn())
 
     def advance(rows: int) -> None:
         nonlocal done
         done += rows
         bar.advance(task, rows)
         if not console.is_terminal and clock.line_is_due():
-            console.print(_line(description, clock, done=done, total=total), markup=False)
+            console.print(_line(description, clock, done=done, total=total, in_bytes=in_bytes), markup=False)
 
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield advance
 
 
-def _line(description: str, clock: Clock, *, done: int, total: int | None) -> str:
+def _line(description: str, clock: Clock, *, done: int, total: int | None, in_bytes: bool) -> str:
     rate = done / clock.seconds
-    words = [f"{done:,}" if total is None else f"{done:,} of {total:,}"]
-    words += [f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"] if done else []
+    if in_bytes:
+        words = [f"{done / 1e9:.2f} GB" if total is None else f"{done / 1e9:.2f} of {total / 1e9:.2f} GB"]
+        words += [f"{rate / 1e6:,.0f} MB/s"] if done else []
+    else:
+        words = [f"{done:,}" if total is None else f"{done:,} of {total:,}"]
+        words += [f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"] if done else []
     words += [clock.left(done=done, total=total)] if done and total else []
     return f"{description}: {', '.join(words)}"

@@ -42,7 +42,7 @@ def merge(
     if dry_run:
         say(console, f"would write {target}: {size}")
         return
-    with progress("merging", total=plan.num_bytes) as advance:
+    with progress("merging", total=plan.num_bytes, in_bytes=True) as advance:
         verified = write(plan, target, overwrite=overwrite, done=advance)
     say(console, f"merged: {size}")
     say(console, f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")

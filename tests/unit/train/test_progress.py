@@ -113,3 +113,13 @@ def test_short_work_leaves_no_line(clock, capsys):
     with data_progress.progress("reading") as advance:
         advance(10)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "total, line", [(4 * 10**9, "merging: 1.00 of 4.00 GB, 17 MB/s, 0:03:00 left"), (None, "merging: 1.00 GB, 17 MB/s")]
+)
+def test_bytes_are_told_in_gigabytes(clock, capsys, total, line):
+    with data_progress.progress("merging", total=total, in_bytes=True) as advance:
+        clock.now += 60
+        advance(10**9)
+    assert capsys.readouterr().err.splitlines() == [line]
