@@ -76,7 +76,7 @@ def _ask(path: Path, question: dict[str, Any]) -> Any:
         if process.returncode == 0:
             return json.loads(answer.read_text(encoding="utf-8"))
     how = f"was ended by signal {-process.returncode}" if process.returncode < 0 else "failed"
-    raise CheckpointError(f"{path}: llama.cpp {how} on it; its last words:\n{_last_words(process.stderr)}")
+    raise CheckpointError(f"{path.name}: llama.cpp {how} on it; its last words:\n{_last_words(process.stderr)}")
 
 
 def _last_words(text: str, count: int = 4) -> str:

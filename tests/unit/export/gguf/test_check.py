@@ -20,7 +20,7 @@ def predictions(noise: float, *, positions: int = 200) -> tuple[np.ndarray, np.n
 def test_what_is_lost_is_the_noise_in_units_of_the_signal():
     """KL is half the variance of the noise, and what the context tells is half the variance of the logits: the share is noise squared."""
     for noise in (0.001, 0.03, 0.1):
-        assert check.compare("q8_0", *predictions(noise)).lost == pytest.approx(noise**2, rel=0.15)
+        assert check.compare("q8_0", *predictions(noise)).lost == pytest.approx(noise**2, rel=0.3)
     assert check.compare("q8_0", *predictions(0.0)).lost == 0
 
 
@@ -34,6 +34,16 @@ def test_rounding_passes_and_another_model_does_not(kind, tmp_path):
     with pytest.raises(CheckpointError, match="not the model that was exported"):
         check._judged(tmp_path, check.compare(kind, ours, ours[::-1]), num_blocks=3)
     assert check.bound_of(kind, 500) <= check.BROKEN
+
+
+def test_some_tokens_at_other_experts_are_no_other_model_and_most_are(tmp_path):
+    """Near a tie of two experts rounding decides; a quarter of the positions may be anywhere, a third may not."""
+    ours, theirs = predictions(0.0001)
+    theirs[: len(ours) // 5] = ours[: len(ours) // 5][::-1]
+    check._judged(tmp_path, check.compare("f16", ours, theirs), num_blocks=3)
+    theirs[: len(ours) // 3] = ours[: len(ours) // 3][::-1]
+    with pytest.raises(CheckpointError, match="not the model"):
+        check._judged(tmp_path, check.compare("f16", ours, theirs), num_blocks=3)
 
 
 def test_f32_is_held_by_its_largest_difference(tmp_path):
