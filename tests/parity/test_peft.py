@@ -14,6 +14,9 @@ from random_models import make, relative, with_our_dt_limits
 from safetensors.torch import load_file, save_file
 
 from nemotune.errors import CheckpointError
+from nemotune.export.adapters.opened import open_adapter
+from nemotune.export.adapters.peft_files import plan_for_peft, plan_for_vllm
+from nemotune.export.stream import write
 from nemotune.lora import LoRAEmbedding, apply_lora, load_adapter, lora_modules, save_adapter
 from nemotune.models import load_model
 from nemotune.recipe import Lora, Train
@@ -226,3 +229,22 @@ def test_loraplus_groups_are_those_of_peft(tmp_path):
         return {settings: held for settings, held in found.items() if held}
 
     assert groups(ours, model) == groups(theirs, peft) and len(groups(ours, model)) == 2
+
+
+@pytest.mark.parametrize("case", ["last_parts_with_experts", "one_projection_of_experts", "patterns"])
+def test_an_adapter_that_peft_saved_gives_the_same_logits_after_vllm_s_form(case, tmp_path):
+    """Its fused experts to one tensor each and back: PEFT's own values again, and the same logits here."""
+    variant, settings = THEIRS[case]
+    make(variant).save_pretrained(tmp_path / "hf")
+    theirs = get_peft_model(make(variant), LoraConfig(r=3, lora_alpha=8, init_lora_weights=False, **settings)).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    write(plan_for_vllm(open_adapter(tmp_path / "adapter", tmp_path / "hf")), tmp_path / "vllm")
+    write(plan_for_peft(open_adapter(tmp_path / "vllm", tmp_path / "hf")), tmp_path / "back")
+    if case != "patterns":  # whose ranks become one
+        before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "back"))
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    expected = with_our_dt_limits(theirs)(TOKENS[None], use_cache=False).logits[0]
+    for form in ("vllm", "back"):
+        ours = load_model(tmp_path / "hf", dtype="float32")
+        load_adapter(ours, tmp_path / form)
+        assert relative(ours.eval().logits(ours(TOKENS, BORDERS)), expected) < 1e-4

@@ -36,6 +36,7 @@ from nemotune.train.balance import Balance
 from nemotune.train.experts import load_row
 from nemotune.train.metrics import read_metrics
 from nemotune.train.schedule import DECAYS
+from nemotune.workflow import adapters
 from nemotune.workflow.run_dir import MAY_CHANGE
 
 DATA, LORA, TRAINING, EVALUATION, MODELS = (DOCS / f"{name}.md" for name in ("data", "lora", "training", "evaluation", "models"))
@@ -142,6 +143,10 @@ def test_coverage_of_nano_30b_is_the_table():
     assert table_rows(LORA, "block type | layers | modules | adapted | parameters | MB") == real
     experts = next(row.parameters for row in found if row.block_type == "experts")
     assert f"They are {experts / coverage(model).parameters:.0%} of these parameters".replace("%", " %") in LORA.read_text()
+
+
+def test_every_reader_of_adapters_has_a_row():
+    assert columns(LORA, "`--for` | experts of one projection | names | refused") == list(adapters.PLANS)
 
 
 # training.md

@@ -20,8 +20,13 @@ from nemotune.workflow import processes
 
 __all__ = ["guarded", "main"]
 
-VERBS = ("run", "data", "data index", "plan", "train", "launch", "eval", "merge", "export hub", "report", "recipes", "doctor")
-MODULES = {"eval": "evaluate", "data index": "index", "export hub": "export_hub"}  # where the verb's name is none for a module
+VERBS = (
+    "run", "data", "data index", "plan", "train", "launch", "eval", "merge", "export adapter", "export hub", "convert adapter", "report",
+    "recipes", "doctor",
+)  # fmt: skip
+MODULES = {  # where the verb's name is none for a module
+    "eval": "evaluate", "data index": "index", "export adapter": "export_adapter", "export hub": "export_hub", "convert adapter": "convert_adapter",
+}  # fmt: skip
 
 
 class Verbs(TyperGroup):

@@ -1,0 +1,87 @@
+"""The verbs `export adapter` and `convert adapter`: an adapter in the form that another program reads, and what to type to have it read there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from shlex import quote
+
+from rich.console import Console
+
+from nemotune.data.progress import progress
+from nemotune.errors import ConflictError, MissingFileError, RecipeError, UnsupportedError, did_you_mean
+from nemotune.export.adapters.opened import Opened, open_adapter
+from nemotune.export.adapters.peft_files import plan_for_peft, plan_for_vllm, vllm_max_rank
+from nemotune.export.adapters.same_scale import is_same_scale
+from nemotune.export.stream import Plan, write
+from nemotune.lora.adapter import CONFIG, OUT_PROJ_NOTE
+from nemotune.models import locate
+from nemotune.recipe import Recipe
+from nemotune.workflow.messages import say, wrote
+from nemotune.workflow.run_dir import require_same_model
+
+PLANS: dict[str, Callable[[Opened], Plan[int]]] = {"peft": plan_for_peft, "vllm": plan_for_vllm}
+ONE_SCALE = ("vllm",)
+
+
+def export_of_run(
+    recipe: Recipe, *, run_dir: Path, reader: str, output: Path | None, overwrite: bool, dry_run: bool, console: Console
+) -> None:
+    """Write the adapter of a run as `reader` reads it."""
+    if recipe.method != "lora":
+        raise UnsupportedError(f"method: {recipe.method} leaves a whole model in {run_dir / 'model'}, and no adapter; serve that")
+    adapter = run_dir / "adapter"
+    if not adapter.is_dir():
+        raise MissingFileError(f"{adapter}: nothing trained yet; `nemotune train` comes first")
+    if (run_dir / "recipe.json").is_file():
+        require_same_model(recipe, run_dir)
+    base = locate(recipe.model.path, recipe.model.revision, weights=False)
+    target = output or run_dir / "export" / f"adapter-{reader}"
+    export(adapter, base, reader=reader, output=target, overwrite=overwrite, dry_run=dry_run, console=console)
+
+
+def export(adapter: Path, base: Path, *, reader: str, output: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
+    """Write the adapter of the directory `adapter`, whoever made it, as `reader` reads it; of the base only config.json is needed."""
+    if reader not in PLANS:
+        raise RecipeError(f"--for: got {reader!r}.{did_you_mean(reader, PLANS)} Known: {', '.join(PLANS)}")
+    _refuse_target(output, adapter)
+    opened = open_adapter(adapter, base)
+    plan = PLANS[reader](opened)
+    size = f"{plan.num_bytes / 1e9:.2f} GB, {len(opened.adapter.settings)} modules of {opened.base}"
+    if dry_run:
+        say(console, f"would write {output} for {reader}: {size}")
+        return
+    with progress("writing the adapter", total=plan.num_bytes) as advance:
+        read_back = write(plan, output, overwrite=overwrite, done=advance)
+    say(console, f"adapter for {reader}: {size}; {read_back} tensors were read back and hold its values")
+    for note in _notes(opened, reader):
+        say(console, note)
+    wrote(console, output, then=_next(opened, reader, output))
+
+
+def _notes(opened: Opened, reader: str) -> list[str]:
+    notes = []
+    if reader in ONE_SCALE and not is_same_scale(opened.adapter):
+        notes.append(
+            "its modules have ranks or scales of their own: they were written with one of each, the scale of the others multiplied into B"
+        )
+    if reader == "peft" and any(name.endswith(".mixer.out_proj") for name in opened.adapter.settings):
+        notes.append(OUT_PROJ_NOTE)
+    return notes
+
+
+def _next(opened: Opened, reader: str, output: Path) -> str:
+    if reader == "vllm":
+        serve = f"vllm serve {quote(opened.base)} --enable-lora --lora-modules {quote(f'{output.name}={output}')}"
+        return f"{serve} --max-lora-rank {vllm_max_rank(opened.adapter)}"
+    return f"PeftModel.from_pretrained(base, {str(output)!r})"
+
+
+def _refuse_target(target: Path, adapter: Path) -> None:
+    """An adapter takes the place of an adapter, never of anything else, nor of the one that is read."""
+    if adapter.resolve().is_relative_to(target.resolve()):
+        raise ConflictError(f"--output: {target} holds the adapter that is read; name another directory")
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
+        raise ConflictError(
+            f"--output: {target} holds no adapter (no {CONFIG}), so --overwrite does not replace it; name another directory"
+        )
