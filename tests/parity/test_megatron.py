@@ -11,8 +11,11 @@ import yaml
 from safetensors.torch import load_file
 
 from nemotune.export.megatron.checkpoint import open_megatron
+from nemotune.export.megatron.lora import read_lora
+from nemotune.export.megatron.lora_files import plan_lora
 from nemotune.export.megatron.to_hf import open_export
 from nemotune.export.megatron.to_megatron import plan_import
+from nemotune.export.merge import plan_merge
 from nemotune.export.stream import write
 from nemotune.export.tuned import open_tuned
 
@@ -95,3 +98,28 @@ def test_megatron_core_loads_ours_in_shards_and_finds_every_extra_state(model):
         torch.distributed.destroy_process_group()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
     assert {(loaded[name].dtype, loaded[name].numel()) for name in theirs.stored.objects} == {(torch.uint8, 0)}
+
+
+def test_a_lora_checkpoint_merges_to_megatron_bridges_own_merge(tmp_path):
+    """Summed in fp32 and rounded once, as there. The router's bias keeps the base's dtype."""
+    tuned = open_tuned(FIXTURES / "hf" / "nemotron_h_tiny", FIXTURES / "ckpt_bridge_0.7_lora", read=read_lora)
+    write(plan_merge(tuned), tmp_path / "merged")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "merged", FIXTURES / "hf_lora_merged"))
+    assert ours.keys() == theirs.keys() and len(tuned.updates) == 30
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.to(theirs[name].dtype), theirs[name]), name
+        assert tensor.dtype == theirs[name].dtype or name.endswith("e_score_correction_bias")
+
+
+def test_a_lora_checkpoint_there_and_back_has_megatron_bridges_names_shapes_and_values(tmp_path):
+    """Its q, k and v share an A, so nothing is widened; each expert's adapter is written as its own."""
+    theirs = open_megatron(FIXTURES / "ckpt_bridge_0.7_lora")
+    write(plan_lora(open_tuned(FIXTURES / "hf" / "nemotron_h_tiny", theirs.directory, read=read_lora)), tmp_path / "lora")
+    ours = open_megatron(tmp_path / "lora")
+    assert ours.stored.tensors.keys() == theirs.stored.tensors.keys()
+    for name, tensor in ours.stored.tensors.items():
+        assert tensor.dtype == theirs.stored.tensors[name].dtype and torch.equal(ours.stored.read(name), theirs.stored.read(name)), name
+    told, own = theirs.run_config["peft"], ours.run_config["peft"]
+    assert own.keys() <= told.keys()
+    assert {key for key in own if own[key] != told[key]} == {"target_modules", "share_expert_adapters"}
+    assert set(own["target_modules"]) == set(told["target_modules"]) and own["share_expert_adapters"] is False

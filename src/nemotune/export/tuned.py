@@ -78,15 +78,18 @@ class Tuned:
         return weight
 
 
-def open_tuned(directory: Path, adapter_dir: Path | None = None) -> Tuned:
-    """The model in `directory` with the adapter, every name and shape checked. Raises CheckpointError, MissingFileError, UnsupportedError."""
+def open_tuned(directory: Path, adapter_dir: Path | None = None, *, read: Callable[[Path, CausalLM], Adapter] = read_adapter) -> Tuned:
+    """The model in `directory` with the adapter (in the form that `read` reads), every name and shape checked.
+
+    Raises CheckpointError, MissingFileError, UnsupportedError.
+    """
     base = Checkpoint(directory)
     model = build_model(read_config(directory))
     model.source = base
     check_weights(model, base)
     if adapter_dir is None:
         return Tuned(directory, base, model, None, None, {})
-    adapter = read_adapter(adapter_dir, model)
+    adapter = read(adapter_dir, model)
     if model.config.tie_word_embeddings and "lm_head" in adapter.pairs:
         raise UnsupportedError(
             "lora.targets: lm_head is tied to the embeddings of this model, so it cannot be merged; use the adapter as it is"

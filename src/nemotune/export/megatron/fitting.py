@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nemotune.errors import CheckpointError
-from nemotune.export.megatron.homes import Home
+from nemotune.export.megatron.homes import EMBEDDINGS, HEAD, Home
 from nemotune.export.megatron.rows import Rows, cut, inverted
 from nemotune.models.base import CausalLM
 
@@ -64,6 +65,22 @@ def fit(home: Home, shape_of: Callable[[str], tuple[int, ...]]) -> Fitted:
     if len({sum(run.length for run in entry) for entry in entries}) > 1:
         raise ValueError(f"{home.name}: its entries have different numbers of rows")
     return Fitted(replace(home, entries=entries), tails.pop())
+
+
+def fitted_to(home: Home, shape: tuple[int, ...], *, vocab_size: int) -> Fitted:
+    """The home sized by the tensor of `shape` in it; rows behind the vocabulary are Megatron's padding. Raises ValueError where it does not fit."""
+    if home.stacked and (not shape or shape[0] != len(home.entries)):
+        raise ValueError(f"{home.name}: got shape {shape}, expected {len(home.entries)} entries")
+    inner = shape[1:] if home.stacked else shape
+    if not inner:
+        raise ValueError(f"{home.name}: got a single number, expected rows")
+    if home.name in (EMBEDDINGS, HEAD) and inner[0] > vocab_size:
+        inner = (vocab_size, *inner[1:])
+    counted = any(run.count is not None for entry in home.entries for run in entry)
+    fitted = fit(home, lambda name: (sys.maxsize if counted else inner[0], *inner[1:]))
+    if fitted.num_rows != inner[0]:
+        raise ValueError(f"{home.name}: got {inner[0]} rows, expected {fitted.num_rows}")
+    return fitted
 
 
 def made_of(fitted: Iterable[Fitted]) -> tuple[dict[str, list[Rows]], list[str]]:

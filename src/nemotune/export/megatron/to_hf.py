@@ -6,7 +6,6 @@ With a base the names, dtypes and shards are the base's, else Megatron's dtypes 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,8 +15,19 @@ from torch import Tensor
 
 from nemotune.errors import CheckpointError, MissingFileError
 from nemotune.export.megatron.checkpoint import TOKENIZER, MegatronCheckpoint, finite
-from nemotune.export.megatron.fitting import Compared, Fitted, canonical, fit, made_of, refuse, rows_between, same_bytes, sampled, slabs
-from nemotune.export.megatron.homes import BY_LAYER, EMBEDDINGS, EXPERT_BIAS, HEAD, Home, homes, mtp_depth_of_megatron
+from nemotune.export.megatron.fitting import (
+    Compared,
+    Fitted,
+    canonical,
+    fitted_to,
+    made_of,
+    refuse,
+    rows_between,
+    same_bytes,
+    sampled,
+    slabs,
+)
+from nemotune.export.megatron.homes import BY_LAYER, EXPERT_BIAS, homes, mtp_depth_of_megatron
 from nemotune.export.megatron.rows import Rows
 from nemotune.export.safetensors_files import weight_files
 from nemotune.export.stream import Ends, Plan, fingerprint
@@ -188,22 +198,6 @@ def open_export(checkpoint: MegatronCheckpoint, base_dir: Path | None = None) ->
     beside = base_dir or _beside(checkpoint)
     has_weights = base_dir is not None and any(base_dir.glob("*.safetensors"))
     return Exported(checkpoint, beside, Checkpoint(beside) if has_weights else None)
-
-
-def fitted_to(home: Home, shape: tuple[int, ...], *, vocab_size: int) -> Fitted:
-    """The home sized by the tensor of `shape` in it; rows behind the vocabulary are Megatron's padding. Raises ValueError where it does not fit."""
-    if home.stacked and (not shape or shape[0] != len(home.entries)):
-        raise ValueError(f"{home.name}: got shape {shape}, expected {len(home.entries)} entries")
-    inner = shape[1:] if home.stacked else shape
-    if not inner:
-        raise ValueError(f"{home.name}: got a single number, expected rows")
-    if home.name in (EMBEDDINGS, HEAD) and inner[0] > vocab_size:
-        inner = (vocab_size, *inner[1:])
-    counted = any(run.count is not None for entry in home.entries for run in entry)
-    fitted = fit(home, lambda name: (sys.maxsize if counted else inner[0], *inner[1:]))
-    if fitted.num_rows != inner[0]:
-        raise ValueError(f"{home.name}: got {inner[0]} rows, expected {fitted.num_rows}")
-    return fitted
 
 
 def _beside(checkpoint: MegatronCheckpoint) -> Path:
