@@ -31,9 +31,14 @@ class Grid:
     last_step: int
 
     @property
-    def widths(self) -> list[float]:
+    def whole(self) -> Tensor:
+        return torch.tensor(self.levels, dtype=torch.float32)
+
+    @property
+    def widths(self) -> tuple[Tensor, ...]:
+        """Float32 each: a number would be multiplied by an inverse where it is to be divided."""
         steps = torch.arange(self.last_step + 1, dtype=torch.float32)
-        return ((torch.tensor(0.1) * steps + self.first) + self.levels).tolist()
+        return ((torch.tensor(0.1) * steps + self.first) + self.levels).unbind()
 
 
 Q4_K = Grid(levels=15, first=-1.0, last_step=20)
@@ -80,40 +85,41 @@ def search(x: Tensor, grid: Grid, *, exact: bool) -> Found:
     level, product, w = (torch.empty_like(x) for _ in range(3))
     mean = column_sums(torch.mul(x, x, out=level), x.new_empty(lanes)).div_(SUB_BLOCK)
     torch.abs(x, out=w).add_(torch.from_numpy(np.sqrt(mean.numpy())))  # torch's root is not always the nearest float32
-    sum_w = column_sums(w, x.new_empty(lanes))
-    sums = x.new_empty(4, lanes)
-    sum_l, sum_x, sum_xl, sum_l2 = sums
+    sums, terms = x.new_empty(5, lanes), x.new_empty(2, 3, lanes)
+    sum_x, sum_l, sum_xl, sum_l2, sum_w = sums
+    column_sums(w, sum_w)
     column_dots(w, x, sum_x)
-    kept, tried = x.new_empty(3, lanes), x.new_empty(3, lanes)  # rows: error, scale, minimum
-    (_, scale, low), lowest, high = kept, x.amin(0), x.amax(0)
+    kept, tried = x.new_empty(3, lanes), x.new_empty(3, lanes)
+    (least, scale, low), (error, new_scale, new_low) = kept, tried
+    lowest, high = x.amin(0), x.amax(0)
     torch.clamp(lowest, max=0, out=low)
-    span = high - low
-    whole, narrowest, inverse = span.clone(), span.clone(), divided(grid.levels, span)
-    divided(1.0, inverse, out=scale)
+    span, better, solvable = high - low, *torch.empty(2, lanes, dtype=torch.bool)
+    whole, narrowest, inverse = span.clone(), span.clone(), torch.div(grid.whole, span)
+    torch.reciprocal(inverse, out=scale)
 
     def round_levels() -> None:
         nearest(torch.sub(x, low, out=level).mul_(inverse), 0, grid.levels, exact=exact)
 
-    def weigh(errors_of: Tensor) -> None:
-        """Fill the row of errors; uses `level` up."""
-        level.mul_(errors_of[1]).add_(errors_of[2]).sub_(x)
-        column_dots(w, level.mul_(level), errors_of[0])
+    def weigh(scale: Tensor, low: Tensor, out: Tensor) -> None:
+        """Errors; uses `level` up."""
+        level.mul_(scale).add_(low).sub_(x)
+        column_dots(w, level.mul_(level), out)
 
     round_levels()
     levels = level.clone() if exact else None
-    weigh(kept)
+    weigh(scale, low, least)
     for width in grid.widths:
         torch.sub(high, low, out=span)
         torch.minimum(narrowest, span, out=narrowest)
-        divided(width, span, out=inverse)
+        torch.div(width, span, out=inverse)
         round_levels()
         column_sums(torch.mul(w, level, out=product), sum_l)
         column_dots(product, x, sum_xl)
         column_dots(product, level, sum_l2)
-        determinant = _fit(sums, sum_w, out=tried[1:])
+        determinant = _fit(sums, terms, out=tried[1:])
         candidate = level.clone() if exact else None
-        weigh(tried)
-        better = (tried[0] < kept[0]).logical_and_(determinant > 0)
+        weigh(new_scale, new_low, error)
+        torch.lt(error, least, out=better).logical_and_(torch.gt(determinant, 0, out=solvable))
         torch.where(better, tried, kept, out=kept)
         if candidate is not None:
             levels = torch.where(better, candidate, levels)
@@ -122,17 +128,22 @@ def search(x: Tensor, grid: Grid, *, exact: bool) -> Found:
     return Found(scale, low, torch.maximum(high, -lowest), flat, ~(flat | regular), levels)
 
 
-def _fit(sums: Tensor, sum_w: Tensor, *, out: Tensor) -> Tensor:
-    """Scale and minimum of least weighted squared error into `out` [2, M], the minimum at most 0. Returns the determinant."""
-    sum_l, sum_x, sum_xl, sum_l2 = sums
-    determinant = (sum_w * sum_l2).sub_(sum_l * sum_l)
-    torch.sub(sum_w * sum_xl, sum_x * sum_l, out=out[0]).div_(determinant)
-    torch.sub(sum_l2 * sum_x, sum_l * sum_xl, out=out[1]).div_(determinant)
+def _fit(sums: Tensor, terms: Tensor, *, out: Tensor) -> Tensor:
+    """Scale and minimum of least weighted squared error into `out` [2, M], the minimum at most 0. Returns the determinant.
+
+    `sums` are those of w times x, l, x l, l^2 and 1; `terms` [2, 3, M] are overwritten.
+    """
+    sum_x, sum_l, sum_xl, sum_l2, sum_w = sums
+    left, right = terms
+    torch.mul(sums[2:4], sum_w, out=left[:2])
+    torch.mul(sum_l2, sum_x, out=left[2])
+    left.sub_(torch.mul(sums[:3], sum_l, out=right))
+    torch.div(left[::2], left[1], out=out)
     above = out[1] > 0
     if above.any():
         out[0].copy_(torch.where(above, sum_xl / sum_l2, out[0]))
         out[1].masked_fill_(above, 0)
-    return determinant
+    return left[1]
 
 
 def _six_bits(values_M: Tensor) -> tuple[Tensor, Tensor]:
