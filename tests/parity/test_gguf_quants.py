@@ -1,30 +1,23 @@
 """Every byte equals llama.cpp's own: `ggml_quantize_chunk` of the library inside xllamacpp's wheel."""
 
-import ctypes
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotune.export.gguf.quants import KINDS, quantize, row_bytes
+from nemotune.export.gguf.quants import KINDS, quantize
 
-xllamacpp = pytest.importorskip("xllamacpp")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.quantize import llama_cpp
+
+pytest.importorskip("xllamacpp")
 QUANTISED = [kind for kind, packing in KINDS.items() if packing.pack]
 NUM_ROWS, LENGTH = 64, 1024
-
-
-def llama_cpp(x: torch.Tensor, kind: str) -> np.ndarray:
-    (path,) = Path(xllamacpp.__file__).parent.glob("xllamacpp*.so")
-    chunk = ctypes.CDLL(str(path)).ggml_quantize_chunk
-    chunk.restype, chunk.argtypes = ctypes.c_size_t, [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-    values = np.ascontiguousarray(x.float().numpy())
-    packed = np.empty((len(values), row_bytes(kind, values.shape[1])), np.uint8)
-    assert chunk(GGMLQuantizationType[kind], values.ctypes.data, packed.ctypes.data, 0, *values.shape, None) == packed.size
-    return packed
 
 
 def differing(x: torch.Tensor, kind: str) -> int:

@@ -19,7 +19,7 @@ from nemotune.train.step import accumulate
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import harness, load, ops, step, train_vs_trl  # noqa: E402
+from benchmarks import harness, load, ops, quantize, step, train_vs_trl  # noqa: E402
 
 
 @pytest.fixture
@@ -40,6 +40,15 @@ def test_ops_and_those_of_transformers_give_the_same(results, capsys):
         assert len(rows) == 10 and figures[dtype]["matmul_gflops"] > 0
         for name, row in rows.items():
             assert row["difference"] < (2e-2 if "NF4" in name else limit), (dtype, name)
+
+
+def test_block_types_are_measured_beside_llama_cpps(results, capsys):
+    """Which gives the same bytes, or the script ends."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp's own quantisers")
+    quantize.main(["--million", "0.02", "--rounds", "1"])
+    kept = json.loads((results / "quantize.json").read_text())
+    assert capsys.readouterr().out.strip() == kept["table"] == quantize.show(kept["figures"])
+    assert set(kept["figures"]) == {"Q8_0", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
 
 
 @pytest.mark.parametrize("family", train_vs_trl.CONFIGS)
