@@ -1,0 +1,201 @@
+"""What a GGUF file says: types, keys and values are those of convert_hf_to_gguf.py and llama-quantize (llama.cpp 0.5.0-dev, ggml 0.25.3).
+
+types_of_llama_quantize.json holds, for models of `random_models.py`, the types of the tensors of its files in their order
+(`dense` was quantised from our f16 file: convert_hf_to_gguf.py's does not load).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, LlamaFileType
+from safetensors.torch import load_file, save_file
+from toy_gguf import TINY, edit_json, saved
+
+from nemotune.errors import CheckpointError, UnsupportedError
+from nemotune.export.gguf import llama_cpp
+from nemotune.export.gguf.names import gguf_tensors, left_out
+from nemotune.export.gguf.plan import fallback, plan_gguf
+from nemotune.export.gguf.types import KINDS, types_of
+from nemotune.export.stream import write
+from nemotune.export.tuned import open_tuned
+
+PINNED = json.loads(Path(__file__).with_name("types_of_llama_quantize.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def _without_llama_cpp(monkeypatch):
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+
+
+def exported(directory: Path, kind: str = "f32") -> GGUFReader:
+    path = directory / f"{kind}.gguf"
+    write(plan_gguf(open_tuned(directory), kind), path)
+    return GGUFReader(path)
+
+
+def keys(reader: GGUFReader) -> dict:
+    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+
+
+def values(reader: GGUFReader, name: str) -> np.ndarray:
+    return next(tensor.data for tensor in reader.tensors if tensor.name == name)
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_types_are_those_of_llama_quantize(name, tmp_path):
+    tuned = open_tuned(saved(tmp_path, PINNED[name]["variant"], **PINNED[name]["config"]))
+    tensors = gguf_tensors(tuned)
+    for kind, pinned in PINNED[name]["types"].items():
+        types, _ = types_of(tensors, tuned.model.config, kind)
+        assert " ".join(type_.name for type_ in types.values()) == pinned, kind
+
+
+def test_how_much_takes_a_wider_type_is_told(tmp_path):
+    tuned = open_tuned(saved(tmp_path, "llama", hidden_size=256, intermediate_size=96, num_hidden_layers=1))
+    down = 256 * 96
+    assert fallback(tuned, "q4_k_m").numel == down + 256 * 64  # down's rows of 96 and attn_output's of 64
+    assert fallback(tuned, "q8_0").numel == 0
+    assert 0 < fallback(tuned, "q4_k_m").share < 0.1
+
+
+def test_keys_of_a_llama(tmp_path):
+    found = keys(exported(saved(tmp_path / "Little-Nemotron", "llama")))
+    tokenizer = {name: found.pop(name) for name in list(found) if name.startswith("tokenizer.")}
+    assert found == {
+        "general.architecture": "llama", "general.type": "model", "general.name": "Little Nemotron",
+        "general.size_label": "133K", "general.file_type": LlamaFileType.ALL_F32, "general.quantization_version": 2,
+        "llama.block_count": 3, "llama.context_length": 512, "llama.embedding_length": 32, "llama.feed_forward_length": 64,
+        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.attention.key_length": 16, "llama.attention.value_length": 16,
+        "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-6), "llama.rope.freq_base": 5000.0, "llama.rope.dimension_count": 16,
+        "llama.vocab_size": 1504,
+    }  # fmt: skip
+    assert {name.removeprefix("tokenizer.") for name in tokenizer} == {
+        "chat_template", "ggml.model", "ggml.pre", "ggml.tokens", "ggml.token_type", "ggml.merges", "ggml.bos_token_id", "ggml.eos_token_id",
+        "ggml.eot_token_id", "ggml.unknown_token_id", "ggml.padding_token_id", "ggml.add_bos_token", "ggml.add_eos_token",
+    }  # fmt: skip
+
+
+def test_keys_of_a_hybrid_with_latent_experts(tmp_path):
+    found = keys(exported(saved(tmp_path / "model", "latent")))
+    head = "nemotron_h_moe."
+    assert {name.removeprefix(head): value for name, value in found.items() if name.startswith(head)} == {
+        "block_count": 4, "context_length": 2**20, "embedding_length": 32, "vocab_size": 1504, "feed_forward_length": [0, 24, 0, 24],
+        "attention.head_count": 4, "attention.head_count_kv": [0, 0, 2, 0], "attention.key_length": 8, "attention.value_length": 8,
+        "attention.layer_norm_epsilon": pytest.approx(1e-5), "attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
+        "rope.dimension_count": 8, "rope.scaling.finetuned": False,
+        "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 2, "ssm.inner_size": 64, "ssm.time_step_rank": 4,
+        "expert_count": 6, "expert_used_count": 2, "expert_group_count": 1, "expert_group_used_count": 1, "expert_feed_forward_length": 24,
+        "expert_shared_feed_forward_length": 40, "expert_shared_count": 1, "expert_weights_norm": True, "expert_weights_scale": 2.5,
+        "moe_latent_size": 16,
+    }  # fmt: skip
+
+
+def test_a_dense_hybrid_saved_by_transformers_has_no_experts(tmp_path):
+    """Its config.json always has num_experts_per_tok, from which convert_hf_to_gguf.py makes a nemotron_h_moe that does not load."""
+    directory = saved(tmp_path / "model", "hybrid", hybrid_override_pattern="M-*")
+    assert "num_experts_per_tok" in json.loads((directory / "config.json").read_text())
+    found = keys(exported(directory))
+    assert found["general.architecture"] == "nemotron_h" and not [name for name in found if "expert" in name]
+    assert found["nemotron_h.feed_forward_length"] == [0, 48, 0]
+
+
+def test_multi_token_prediction_is_left_out(tmp_path):
+    """With `num_nextn_predict_layers` convert_hf_to_gguf.py announces a block that is not there."""
+    directory = saved(tmp_path / "model", "hybrid", hybrid_override_pattern="ME*", num_nextn_predict_layers=1)
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {"mtp.layers.0.enorm.weight": torch.ones(32)}, directory / "model.safetensors", metadata={"format": "pt"})
+    assert left_out(open_tuned(directory)) == ["mtp.layers.0.enorm.weight"]
+    reader = exported(directory)
+    assert keys(reader)["nemotron_h_moe.block_count"] == 3 and not any("nextn" in name for name in keys(reader))
+    assert not any(tensor.name.startswith("blk.3") for tensor in reader.tensors)
+
+
+def test_a_vocabulary_that_is_no_multiple_of_eight_keeps_its_size(tmp_path):
+    reader = exported(saved(tmp_path / "model", "one_group", vocab_size=1507))
+    found = keys(reader)
+    assert len(found["tokenizer.ggml.tokens"]) == len(values(reader, "token_embd.weight")) == found["nemotron_h.vocab_size"] == 1507
+    assert found["tokenizer.ggml.tokens"][1504:] == ["[PAD1504]", "[PAD1505]", "[PAD1506]"]
+
+
+def test_values_are_changed_as_llama_cpp_wants_them(tmp_path):
+    directory = saved(tmp_path / "model", "wide_heads")
+    reader, weights = exported(directory), load_file(directory / "model.safetensors")
+    mixer = {name.split("mixer.")[1]: tensor.float().numpy() for name, tensor in weights.items() if "layers.0.mixer." in name}
+    assert np.allclose(values(reader, "blk.0.ssm_a"), -np.exp(mixer["A_log"])[:, None], rtol=1e-6)
+    assert np.array_equal(values(reader, "blk.0.ssm_d"), mixer["D"][:, None])
+    assert np.array_equal(values(reader, "blk.0.ssm_norm.weight"), mixer["norm.weight"].reshape(3, -1))
+    assert np.array_equal(values(reader, "blk.0.ssm_conv1d.weight"), mixer["conv1d.weight"][:, 0])
+    q = next(tensor.float().numpy() for name, tensor in weights.items() if name.endswith("q_proj.weight"))
+    halves = q.reshape(4, 2, 4, -1)  # heads of 8
+    assert np.array_equal(values(reader, "blk.1.attn_q.weight").reshape(4, 4, 2, -1), halves.swapaxes(1, 2))
+
+
+def test_experts_are_stacked_in_their_order(tmp_path):
+    directory = saved(tmp_path / "model", "hybrid", hybrid_override_pattern="ME*")
+    weights = load_file(directory / "model.safetensors")
+    stacked = values(exported(directory), "blk.1.ffn_up_exps.weight")
+    one_each = [next(t for name, t in weights.items() if f"layers.1.mixer.experts.{e}.up_proj" in name) for e in range(6)]
+    assert np.array_equal(stacked, torch.stack(one_each).float().numpy())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"time_step_limit": [0.0, 0.1]}, r"time_step_limit: got \[0.0, 0.1\]"),
+        ({"use_bias": True}, "no place for 4 tensors, first backbone.layers.0.mixer.in_proj.bias"),
+        ({"hybrid_override_pattern": "M-M"}, "layers_block_type: no attention layer"),
+        ({"hybrid_override_pattern": "ME*-", "moe_latent_size": 16}, "layer 3 is a dense MLP beside latent experts"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(changes, message, tmp_path):
+    config = {"hybrid_override_pattern": "MM*"} | changes
+    limit = {"time_step_limit": config.pop("time_step_limit")} if "time_step_limit" in config else {}
+    directory = saved(tmp_path / "model", "hybrid", **config)
+    edit_json(directory / "config.json", **limit)
+    with pytest.raises(UnsupportedError, match=message):
+        plan_gguf(open_tuned(directory), "f16")
+
+
+def test_an_unknown_type_is_refused_with_the_nearest():
+    with pytest.raises(UnsupportedError, match=r"--type: got 'q4_km', expected one of f32, .*Did you mean 'q4_k_m'\?"):
+        plan_gguf(open_tuned(TINY), "q4_km")
+
+
+def test_a_value_that_f16_cannot_hold_is_refused_by_its_tensor(tmp_path):
+    directory = saved(tmp_path / "model", "llama")
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e6
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"blk.1.ffn_up.weight: 1 of .* not finite"):
+        exported(directory, "f16")
+    assert exported(directory, "bf16")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_knows_the_files_size(kind, tmp_path):
+    plan = plan_gguf(open_tuned(TINY), kind)
+    write(plan, tmp_path / "tiny.gguf")
+    assert (tmp_path / "tiny.gguf").stat().st_size == plan.num_bytes
+
+
+def test_damage_on_the_disk_is_found(tmp_path):
+    plan = plan_gguf(open_tuned(TINY), "q4_k_m")
+    path = tmp_path / "tiny.gguf"
+    write(plan, path)
+    for name in ("blk.0.ssm_in.weight", "token_embd.weight"):
+        whole = path.read_bytes()
+        tensor = next(tensor for tensor in GGUFReader(path).tensors if tensor.name == name)
+        with path.open("r+b") as file:
+            file.seek(int(tensor.data_offset + tensor.n_bytes - 400))
+            file.write(bytes(200))
+        with pytest.raises(CheckpointError, match=f"first {name}"):
+            plan.verify(path)
+        path.write_bytes(whole)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match="cannot be read back"):
+        plan.verify(path)
