@@ -18,7 +18,7 @@ import torch
 from hub_server import TOKEN, Fault, Hub, serving
 from huggingface_hub import HfApi, ModelCard
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from toy_published import make_run
 
 from nemotune.errors import CheckpointError, ConflictError, DataError, HubError, NemotuneError
@@ -241,6 +241,19 @@ def test_damaged_adapter_is_refused_before_anything_is_sent(run_dir, hub):
     path = run_dir / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="adapter_model.safetensors: cannot be read"):
+        publish(run_dir, hub)
+    assert hub.requests == []
+
+
+def test_adapter_that_does_not_fit_its_base_is_refused_before_anything_is_sent(run_dir, hub):
+    path = run_dir / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = min(tensors)
+    save_file({**tensors, name: torch.full_like(tensors[name], float("nan"))}, path)
+    with pytest.raises(CheckpointError, match="not finite"):
+        publish(run_dir, hub)
+    save_file({key: value for key, value in tensors.items() if key != name}, path)
+    with pytest.raises(CheckpointError, match="does not fit"):
         publish(run_dir, hub)
     assert hub.requests == []
 

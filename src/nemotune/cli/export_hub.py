@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -29,6 +31,10 @@ def hub(
 ) -> None:
     """Publish the tuned model on the Hugging Face hub, with a model card."""
     processes.require_alone("export hub")
+    if not sys.stderr.isatty():
+        os.environ.setdefault(
+            "TQDM_MININTERVAL", "30"
+        )  # read when tqdm is first imported: huggingface_hub's bars, a line every half a minute
     opened = open_recipe(recipe, overrides, run_dir, verb="export hub")
     from rich.console import Console
 

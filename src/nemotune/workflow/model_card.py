@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemotune import __version__
 from nemotune.data.sources import HUB_ID
 from nemotune.evaluate.table import interval, number
-from nemotune.export.hub.card import Card, Metric, shown_recipe
+from nemotune.export.hub.card import AdapterLoads, Card, Metric, shown_recipe
 from nemotune.export.hub.contents import Kind
 from nemotune.export.hub.license import Base
 from nemotune.files import read_json
@@ -20,15 +20,13 @@ VERSIONS = ("torch", "transformers", "safetensors")
 EXPORT_AGAIN = "restore it, or run again with --overwrite"
 
 
-def card_of(recipe: Recipe, run_dir: Path, *, repo: str, kind: Kind, base: Base, files: Sequence[str], adapter: Mapping[str, Any]) -> Card:
-    """The card of what `run_dir` trained, as the `kind` that is published; `adapter` is its adapter_config.json, {} where there is none."""
+def card_of(recipe: Recipe, run_dir: Path, *, repo: str, kind: Kind, base: Base, files: Sequence[str], adapter: AdapterLoads) -> Card:
+    """The card of what `run_dir` trained, as the `kind` that is published."""
     sets = _hub_sets(recipe)
     return Card(
-        repo=repo, kind=kind, base=base, datasets=sets, files=files,
+        repo=repo, kind=kind, base=base, datasets=sets, files=files, adapter=adapter,
         recipe=shown_recipe(dump(recipe), base=base.name, datasets=sets),
         facts=list(_facts(recipe, run_dir)), metrics=list(_metrics(run_dir)), limits=list(_limits(recipe, run_dir, kind)),
-        in_peft=not any(name.endswith("out_proj") for name in adapter.get("target_modules") or ()),
-        in_vllm=not adapter.get("target_parameters"),
     )  # fmt: skip
 
 

@@ -6,18 +6,16 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from rich.console import Console
 
 from nemotune.data.progress import Clock
 from nemotune.errors import MissingFileError, RecipeError
-from nemotune.export.hub.card import check_card
-from nemotune.export.hub.contents import Content, Kind, kind_of, of_directory, refuse_private
+from nemotune.export.hub.card import AdapterLoads, check_card
+from nemotune.export.hub.contents import Content, Kind, adapter_keys, kind_of, of_directory, refuse_private
 from nemotune.export.hub.license import LICENSE_FILES, Base, license_of
 from nemotune.export.hub.upload import Published, publish
-from nemotune.files import read_json
 from nemotune.lora.adapter import read_adapter
 from nemotune.models import build_model, locate, read_config
 from nemotune.recipe import Recipe
@@ -45,7 +43,7 @@ def hub(
     if of.directory and directory == run_dir / "adapter":
         read_adapter(directory, build_model(read_config(of.directory)))  # every tensor there, finite and of its shape
     contents = _with_licence(contents, of, run_dir)
-    adapter = read_json(directory / "adapter_config.json", remedy="train again") if kind == "adapter" else {}
+    adapter = AdapterLoads.of(adapter_keys(directory)) if kind == "adapter" else AdapterLoads()
     card, whose = _card(recipe, run_dir, directory, repo=repo, kind=kind, base=of, contents=contents, adapter=adapter)
     contents = [Content("README.md", card.encode()), *contents]
     secrets = [token] if (token := get_token()) else []
@@ -107,7 +105,7 @@ def _with_licence(contents: list[Content], base: Base, run_dir: Path) -> list[Co
 
 
 def _card(
-    recipe: Recipe, run_dir: Path, directory: Path, *, repo: str, kind: Kind, base: Base, contents: list[Content], adapter: dict[str, Any]
+    recipe: Recipe, run_dir: Path, directory: Path, *, repo: str, kind: Kind, base: Base, contents: list[Content], adapter: AdapterLoads
 ) -> tuple[str, str]:  # fmt: skip
     """README.md, and whose it is: one that lies in the published directory or the run was written by a user, and wins."""
     for path in (directory / "README.md", run_dir / "README.md"):
@@ -124,7 +122,10 @@ def _tell(
     console: Console, contents: list[Content], left_out: list[str], *, repo: str, private: bool, whose: str, base: Base
 ) -> None:  # fmt: skip
     """What would be sent, what not, and what the licence still wants."""
-    say(console, f"{repo}{' (private)' if private else ''}: {len(contents)} files, {_size(sum(c.num_bytes for c in contents))}")
+    say(
+        console,
+        f"{repo} ({'private' if private else 'public, where it is not there yet'}): {len(contents)} files, {_size(sum(c.num_bytes for c in contents))}",
+    )
     for content in contents:
         say(console, f"  {_size(content.num_bytes):>9}  {content.name}" + (f"  ({whose})" if content.name == "README.md" else ""))
     if left_out:
@@ -150,11 +151,11 @@ def _teller() -> Callable[[Content, int], None]:
     return sent
 
 
-def _next(kind: Kind, base: Base, repo: str, adapter: dict[str, Any]) -> str:
-    """What loads it; an adapter on routed experts, which vLLM does not take in this form, is fetched."""
+def _next(kind: Kind, base: Base, repo: str, adapter: AdapterLoads) -> str:
+    """What loads it; an adapter that vLLM does not take is fetched."""
     if kind == "adapter":
         loads = f"vllm serve {quote(base.name)} --enable-lora --lora-modules tuned={repo}"
-        return f"hf download {repo}" if adapter.get("target_parameters") else loads
+        return f"hf download {repo}" if adapter.not_in_vllm else loads
     return f"vllm serve {repo}" if kind == "model" else f"llama-server -hf {repo} --jinja"
 
 

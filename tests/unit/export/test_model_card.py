@@ -8,19 +8,20 @@ from huggingface_hub import ModelCard
 from toy_published import make_run
 
 from nemotune.errors import DataError
-from nemotune.export.hub.card import check_card
+from nemotune.export.hub.card import AdapterLoads, check_card
 from nemotune.export.hub.license import Base, License, license_of
 from nemotune.recipe import load
 from nemotune.workflow.model_card import card_of
 
 OPEN = License("other", "nvidia-open-model-license", "https://example.com/terms")
+ANYWHERE = AdapterLoads()
 NANO = Base("nvidia/NVIDIA-Nemotron-Nano-9B-v2", True, OPEN)
 COMMUNITY = "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
 
 
-def render(tmp_path, *overrides, kind="adapter", base=NANO, repo="me/toy", files=(), adapter=None) -> str:
+def render(tmp_path, *overrides, kind="adapter", base=NANO, repo="me/toy", files=(), adapter=ANYWHERE) -> str:
     run_dir = make_run(tmp_path, *overrides)
-    return card_of(load(str(run_dir)), run_dir, repo=repo, kind=kind, base=base, files=files, adapter=adapter or {}).render()
+    return card_of(load(str(run_dir)), run_dir, repo=repo, kind=kind, base=base, files=files, adapter=adapter).render()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_metrics_are_in_the_index_and_in_the_table_with_their_intervals(tmp_path
 def test_without_an_evaluation_it_says_so(tmp_path):
     run_dir = make_run(tmp_path)
     (run_dir / "eval" / "compare.json").unlink()
-    text = card_of(load(str(run_dir)), run_dir, repo="me/toy", kind="model", base=NANO, files=[], adapter={}).render()
+    text = card_of(load(str(run_dir)), run_dir, repo="me/toy", kind="model", base=NANO, files=[], adapter=AdapterLoads()).render()
     assert ModelCard(text).data.eval_results is None and "Not measured against its base." in text
 
 
@@ -97,14 +98,26 @@ def test_base_that_is_no_hub_id_is_told_by_name_alone(tmp_path):
     assert "A LoRA adapter for `my-base`" in text and "The base names no licence." in text
 
 
-@pytest.mark.parametrize(("adapter", "has", "lacks"), [
-    ({"target_modules": ["a.q_proj"]}, "--enable-lora", "For vLLM, merge it first"),
-    ({"target_modules": ["a.q_proj"], "target_parameters": ["experts.up_proj"]}, "For vLLM, merge it first", "--enable-lora"),
-    ({"target_modules": ["a.out_proj"]}, "PEFT does not take this adapter", "PeftModel"),
-])  # fmt: skip
-def test_adapter_is_shown_only_where_it_loads(tmp_path, adapter, has, lacks):
-    text = render(tmp_path, adapter=adapter)
-    assert has in text and lacks not in text
+@pytest.mark.parametrize(
+    ("key", "has", "lacks"),
+    [
+        ("layers.1.mixer.q_proj.lora_A.weight", ["PeftModel", "--enable-lora"], []),
+        ("layers.1.mixer.experts.lora_A.weight", ["PeftModel", "For vLLM, merge it first"], ["--enable-lora"]),
+        ("layers.1.mixer.experts.7.up_proj.lora_A.weight", ["--enable-lora", "which PEFT leaves out without a word"], ["PeftModel"]),
+        ("layers.1.mixer.out_proj.lora_A.weight", ["--enable-lora", "`out_proj`, which PEFT refuses"], ["PeftModel"]),
+    ],
+)
+def test_adapter_is_shown_only_where_it_loads(tmp_path, key, has, lacks):
+    text = render(tmp_path, adapter=AdapterLoads.of([f"base_model.model.model.{key}"]))
+    assert all(part in text for part in has) and not [part for part in lacks if part in text]
+
+
+def test_model_from_random_weights_has_no_base(tmp_path):
+    text = render(
+        tmp_path, "method=pretrain", "model.weights=random", "data.format=text", "evaluate.tasks=[]", "export.merged=false", kind="model"
+    )
+    data = ModelCard(text).data
+    assert data.base_model is None and "A model trained from random weights in the shape of" in text
 
 
 def test_llamas_terms_are_kept(tmp_path):

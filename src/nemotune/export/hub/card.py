@@ -6,7 +6,7 @@ Tells what was trained and how it was measured, never where: of a path only the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ from nemotune import assets
 from nemotune.errors import DataError
 from nemotune.export.hub.contents import Kind
 from nemotune.export.hub.license import Base
+from nemotune.lora.forms import form_of
 
-__all__ = ["Card", "Metric", "check_card", "shown_recipe"]
+__all__ = ["AdapterLoads", "Card", "Metric", "check_card", "shown_recipe"]
 
 LIBRARIES: Mapping[Kind, str] = {"adapter": "peft", "model": "transformers", "gguf": "gguf"}
 RELATIONS: Mapping[Kind, str] = {"adapter": "adapter", "model": "finetune", "gguf": "quantized"}  # hub's `merge` is of several models
@@ -39,6 +40,23 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class AdapterLoads:
+    """Why PEFT or vLLM does not take an adapter; empty where it does."""
+
+    not_in_peft: str = ""
+    not_in_vllm: str = ""
+
+    @classmethod
+    def of(cls, keys: Collection[str]) -> AdapterLoads:
+        """By the names of its tensors. Raises CheckpointError for forms that are not read here either."""
+        form = form_of(keys)
+        peft = "tensors of single experts, which PEFT leaves out without a word" if form == "per_expert" else ""
+        if any(".out_proj." in key for key in keys):
+            peft = "Mamba's `out_proj`, which PEFT refuses"
+        return cls(peft, "all routed experts in one tensor, which is PEFT's form" if form == "fused" else "")
+
+
+@dataclass(frozen=True)
 class Card:
     """What a card tells; `facts` and `limits` are lines of its text."""
 
@@ -51,12 +69,16 @@ class Card:
     metrics: Sequence[Metric] = ()
     limits: Sequence[str] = ()
     files: Sequence[str] = ()
-    in_peft: bool = True  # an adapter that PEFT takes; vLLM takes it where no expert is adapted
-    in_vllm: bool = True
+    adapter: AdapterLoads = AdapterLoads()
 
     @property
     def name(self) -> str:
         return self.repo.partition("/")[2]
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the base gave its shape alone."""
+        return self.recipe["model"]["weights"] == "random"
 
     def render(self) -> str:
         """The whole README.md. Raises DataError where the hub would not take its front matter."""
@@ -70,9 +92,10 @@ class Card:
 
     def _front_matter(self) -> ModelCardData:
         family = ["nemotron", "lora"] if self.recipe["method"] == "lora" else ["nemotron"]
+        named = self.base.on_hub and not self.from_scratch
         return ModelCardData(
-            base_model=self.base.name if self.base.on_hub else None,
-            base_model_relation=RELATIONS[self.kind] if self.base.on_hub else None,
+            base_model=self.base.name if named else None,
+            base_model_relation=RELATIONS[self.kind] if named else None,
             license=self.base.license.id,
             license_name=self.base.license.name,
             license_link=self.base.license.link,

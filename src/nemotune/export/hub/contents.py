@@ -22,7 +22,7 @@ from nemotune.errors import CheckpointError, DataError, MissingFileError
 from nemotune.files import read_json
 from nemotune.weights import Checkpoint
 
-__all__ = ["Content", "Kind", "kind_of", "of_directory", "refuse_private"]
+__all__ = ["Content", "Kind", "adapter_keys", "kind_of", "of_directory", "refuse_private"]
 
 Kind = Literal["adapter", "model", "gguf"]
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -93,7 +93,7 @@ def of_directory(directory: Path, *, base: str) -> tuple[list[Content], list[str
     if partial := [name for name in names if name.endswith((".partial", ".incomplete", ".tmp"))]:
         raise CheckpointError(f"{directory / partial[0]}: is still being written, or was cut off; export again before it is published")
     sent = [name for name in names if (directory / name).is_file() and any(fnmatch(name, pattern) for pattern in SENT)]
-    {"adapter": _require_adapter, "model": _require_model, "gguf": _require_gguf}[kind](directory)
+    {"adapter": adapter_keys, "model": _require_model, "gguf": _require_gguf}[kind](directory)
     return [_content(directory / name, base) for name in sent], [name for name in names if name not in sent]
 
 
@@ -130,17 +130,19 @@ def _is_directory(name: str) -> bool:
     return name.startswith(("/", "~", ".")) or "\\" in name or name.count("/") > 1 or Path(name).is_dir()
 
 
-def _require_adapter(directory: Path) -> None:
+def adapter_keys(directory: Path) -> list[str]:
+    """The names of the tensors of the adapter in `directory`. Raises MissingFileError, CheckpointError where it is not whole."""
     for name in ADAPTER:
         if not (directory / name).is_file():
             raise MissingFileError(f"{directory / name}: no such file; an adapter is both {' and '.join(ADAPTER)}")
     try:
         with safe_open(directory / ADAPTER[1], "pt") as file:
-            empty = not file.offset_keys()
+            keys = list(file.offset_keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory / ADAPTER[1]}: cannot be read ({error}); train or export it again") from error
-    if empty:
+    if not keys:
         raise CheckpointError(f"{directory / ADAPTER[1]}: holds no tensor; train or export it again")
+    return keys
 
 
 def _require_model(directory: Path) -> None:

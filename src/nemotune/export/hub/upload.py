@@ -114,7 +114,7 @@ def _send(
     listing = _listing(api, repo, branch)
     missing = [content for content in contents if not _is_there(content, listing)]
     left = sum(content.num_bytes for content in missing)
-    additions = {content: _addition(content) for content in missing}
+    additions = {content: CommitOperationAdd(content.name, content.source) for content in missing}
     for content, addition in additions.items():
         if content.num_bytes > SMALL:  # by itself, so that it stays with the hub when a later one is cut off
             api.preupload_lfs_files(repo, [addition], revision=branch, free_memory=False)
@@ -122,12 +122,6 @@ def _send(
             sent(content, left)
     if additions:
         api.create_commit(repo, list(additions.values()), commit_message=message, revision=branch)
-
-
-def _addition(content: Content) -> CommitOperationAdd:
-    addition = CommitOperationAdd(content.name, content.source)
-    addition.upload_info.sha256 = bytes.fromhex(content.sha256)
-    return addition
 
 
 def _patiently(request: Callable[[], T]) -> T:
