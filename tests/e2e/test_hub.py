@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from toy_published import make_run
 
-from nemotune.errors import CheckpointError, ConflictError, DataError, HubError, NemotuneError
+from nemotune import assets
+from nemotune.errors import CheckpointError, ConflictError, DataError, HubError, MissingFileError, NemotuneError, RecipeError
 from nemotune.recipe import load
 from nemotune.workflow import publishing
 
@@ -164,6 +166,18 @@ def test_other_files_of_the_same_names_stay_without_overwrite(run_dir, hub):
     assert "untouched: notes.txt" in told and hub.contents("me/toy")["README.md"].startswith(b"---\n")
 
 
+def test_other_bytes_of_the_same_size_are_seen(run_dir, hub):
+    publish(run_dir, hub)
+    adapter = run_dir / "adapter"
+    for name in ("adapter_model.safetensors", "chat_template.jinja"):
+        raw = (adapter / name).read_bytes()
+        (adapter / name).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(ConflictError, match="other files of the names adapter_model.safetensors, chat_template.jinja;"):
+        publish(run_dir, hub)
+    assert "2 files sent, 6 were there already" in publish(run_dir, hub, overwrite=True)
+    assert hub.contents("me/toy")["chat_template.jinja"] == (adapter / "chat_template.jinja").read_bytes()
+
+
 def test_revision_is_a_branch_of_its_own(run_dir, hub):
     told = publish(run_dir, hub, branch="v2")
     assert hub.contents("me/toy") == {} and "README.md" in hub.contents("me/toy", "v2") and "/me/toy/tree/v2" in told
@@ -265,12 +279,74 @@ def test_token_in_a_text_is_refused_before_anything_is_sent(run_dir, hub):
     assert hub.requests == []
 
 
+def test_own_token_of_any_shape_is_refused(run_dir, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "s3cr3t-of-another-hub")
+    (run_dir / "LICENSE").write_text("s3cr3t-of-another-hub")
+    with pytest.raises(DataError, match="LICENSE: holds your token"):
+        publish(run_dir, hub)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("method", "what", "place"),
+    [
+        ("lora", None, "adapter"),
+        ("lora", "merged", "export/merged"),
+        ("full", None, "model"),
+        ("full", "merged", "model"),
+        ("lora", "gguf", "export/gguf"),
+    ],
+)
+def test_what_is_published_lies_where_the_run_left_it(tmp_path, method, what, place):
+    recipe = load("quickstart", [f"method={method}", "export.merged=false"])
+    with pytest.raises(MissingFileError, match="--what: .* is not there; `nemotune .*` makes it"):
+        publishing._directory(recipe, tmp_path, what)
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "model-q8_0.gguf").touch()
+    assert publishing._directory(recipe, tmp_path, what) == tmp_path / place
+
+
+def test_base_is_known_by_its_id_by_the_hubs_cache_or_by_its_last_part(tmp_path, run_dir):
+    def base(path, given=None):
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        found = publishing._base(load("quickstart", [f"model.path={tmp_path / path}"]), given)
+        return found.name, found.on_hub
+
+    assert base("customers/acme-base") == ("acme-base", False)
+    assert base("models--nvidia--Nemotron-H-8B/snapshots/abc") == ("nvidia/Nemotron-H-8B", True)
+    assert base("customers/acme-base", BASE) == (BASE, True)
+    with pytest.raises(RecipeError, match="--base: got 'acme', expected OWNER/NAME"):
+        base("customers/acme-base", "acme")
+
+
+def test_licence_files_of_the_base_go_along(tmp_path, hub):
+    tiny = assets.resolve("nemotron-tiny")
+    base = shutil.copytree(tiny, tmp_path / "base", ignore=shutil.ignore_patterns("*.jsonl", "test"))
+    (base / "LICENSE.txt").write_text("the base's agreement")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe base.\n")
+    told = publish(make_run(tmp_path, f"model.path={base}"), hub, base=None)
+    assert hub.contents("me/toy")["LICENSE.txt"] == b"the base's agreement" and "NOTICE" not in hub.contents("me/toy")
+    assert ModelCard(hub.contents("me/toy")["README.md"].decode()).data.license == "apache-2.0"
+    assert json.loads(hub.contents("me/toy")["adapter_config.json"])["base_model_name_or_path"] == "base"
+    assert "note: model.path: base is no id of the hub" in told
+
+
+def test_other_settings_than_those_trained_with_are_refused(run_dir, hub):
+    console = Console(quiet=True)
+    options = {"what": None, "base": BASE, "private": False, "branch": None, "overwrite": False, "dry_run": True}
+    with pytest.raises(ConflictError, match="lora.rank: got 8, the run was begun with 2"):
+        publishing.hub(load(str(run_dir), ["lora.rank=8"]), run_dir=run_dir, repo="me/toy", console=console, **options)
+
+
 def test_a_users_own_card_and_licence_win(run_dir, hub):
     (run_dir / "README.md").write_text("---\nlicense: mit\n---\n\nMine.\n")
     (run_dir / "LICENSE").write_text("the agreement\n")
     told = publish(run_dir, hub)
     assert hub.contents("me/toy")["README.md"].endswith(b"Mine.\n") and hub.contents("me/toy")["LICENSE"] == b"the agreement\n"
     assert "(yours, " in told and "wants a copy of itself" not in told
-    (run_dir / "README.md").write_text("Mine.\n")
+    (run_dir / "adapter" / "README.md").write_text("---\nlicense: mit\n---\n\nOf this adapter.\n")
+    publish(run_dir, hub, overwrite=True)
+    assert hub.contents("me/toy")["README.md"].endswith(b"Of this adapter.\n")
+    (run_dir / "adapter" / "README.md").write_text("Mine.\n")
     with pytest.raises(DataError, match=r"README.md: its front matter names no license"):
         publish(run_dir, hub, overwrite=True)

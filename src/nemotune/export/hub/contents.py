@@ -155,9 +155,6 @@ def _require_gguf(directory: Path) -> None:
 
     for path in sorted(directory.glob("*.gguf")):
         try:
-            reader = GGUFReader(path)
-            end = max(tensor.data_offset + tensor.n_bytes for tensor in reader.tensors)
+            GGUFReader(path)  # maps every tensor, the last one to its end
         except (ValueError, IndexError, KeyError) as error:
             raise CheckpointError(f"{path}: cannot be read as GGUF ({error}); export it again") from error
-        if path.stat().st_size < end:
-            raise CheckpointError(f"{path}: {end - path.stat().st_size} bytes of its tensors are missing; export it again")
