@@ -17,7 +17,7 @@ app = typer.Typer(add_completion=False)
 def adapter(
     source: Annotated[Path, typer.Option("--from", help="The adapter: PEFT's form, or one tensor per expert.")],
     base: Annotated[Path, typer.Option("--base", help="The model that it is for: config.json is enough.")],
-    reader: Annotated[str, typer.Option("--to", metavar="READER", help="peft or vllm.")],
+    reader: Annotated[str, typer.Option("--to", metavar="READER", help="peft, vllm or llama.cpp.")],
     output: Annotated[Path, typer.Option("--output", help="What to write.")],
     overwrite: Overwrite = False,
     dry_run: DryRun = False,

@@ -52,7 +52,8 @@ class Entry:
             return whole[self.expert]
         if whole.ndim < 3:
             return whole
-        return whole.flatten(0, 1) if self.which == "lora_A" else whole.permute(1, 2, 0).flatten(1)
+        # B as the transpose of a matrix, which is copied in blocks
+        return whole.flatten(0, 1) if self.which == "lora_A" else whole.flatten(1).T.reshape(whole.shape[1], -1)
 
 
 def form_of(keys: Iterable[str]) -> Form | None:
@@ -103,7 +104,9 @@ def restored(tensors: Sequence[Tensor | None], which: str, module: nn.Module, fo
         return torch.stack([torch.zeros(shape, dtype=dtype) if tensor is None else tensor for tensor in tensors])
     (only,) = tensors
     assert only is not None
-    return only.unflatten(0, (experts, -1)) if which == "lora_A" else only.unflatten(1, (-1, experts)).permute(2, 0, 1)
+    if which == "lora_A":
+        return only.unflatten(0, (experts, -1))
+    return only.reshape(-1, experts).T.contiguous().unflatten(1, (len(only), -1))
 
 
 def plain(module: nn.Module) -> nn.Module:

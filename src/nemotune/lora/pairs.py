@@ -50,10 +50,10 @@ class Pairs(Mapping[str, tuple[Tensor, Tensor]]):
     def __init__(self, readers: Mapping[str, Callable[[], tuple[Tensor, Tensor]]]):
         self._readers = readers
         self._read = lru_cache(PAIRS_IN_MEMORY)(lambda name: readers[name]())
-        self._lock = Lock()
+        self._locks = {name: Lock() for name in readers}
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        with self._lock:
+        with self._locks[name]:
             return self._read(name)
 
     def __iter__(self) -> Iterator[str]:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from nemotune.data.progress import progress
 from nemotune.errors import ConflictError, MissingFileError, RecipeError, UnsupportedError, did_you_mean
+from nemotune.export.adapters.gguf_file import plan_for_llama_cpp
 from nemotune.export.adapters.opened import Opened, open_adapter
 from nemotune.export.adapters.peft_files import plan_for_peft, plan_for_vllm, vllm_max_rank
 from nemotune.export.adapters.same_scale import is_same_scale
@@ -20,8 +21,8 @@ from nemotune.recipe import Recipe
 from nemotune.workflow.messages import say, wrote
 from nemotune.workflow.run_dir import require_same_model
 
-PLANS: dict[str, Callable[[Opened], Plan[int]]] = {"peft": plan_for_peft, "vllm": plan_for_vllm}
-ONE_SCALE = ("vllm",)
+PLANS: dict[str, Callable[[Opened], Plan[int]]] = {"peft": plan_for_peft, "vllm": plan_for_vllm, "llama.cpp": plan_for_llama_cpp}
+ONE_SCALE = ("vllm", "llama.cpp")
 
 
 def export_of_run(
@@ -36,7 +37,7 @@ def export_of_run(
     if (run_dir / "recipe.json").is_file():
         require_same_model(recipe, run_dir)
     base = locate(recipe.model.path, recipe.model.revision, weights=False)
-    target = output or run_dir / "export" / f"adapter-{reader}"
+    target = output or run_dir / "export" / ("adapter.gguf" if reader == "llama.cpp" else f"adapter-{reader}")
     export(adapter, base, reader=reader, output=target, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
@@ -74,6 +75,8 @@ def _next(opened: Opened, reader: str, output: Path) -> str:
     if reader == "vllm":
         serve = f"vllm serve {quote(opened.base)} --enable-lora --lora-modules {quote(f'{output.name}={output}')}"
         return f"{serve} --max-lora-rank {vllm_max_rank(opened.adapter)}"
+    if reader == "llama.cpp":
+        return f"llama-server -m BASE.gguf --lora {quote(str(output))}"
     return f"PeftModel.from_pretrained(base, {str(output)!r})"
 
 
@@ -85,3 +88,5 @@ def _refuse_target(target: Path, adapter: Path) -> None:
         raise ConflictError(
             f"--output: {target} holds no adapter (no {CONFIG}), so --overwrite does not replace it; name another directory"
         )
+    if target.is_file() and target.suffix != ".gguf":
+        raise ConflictError(f"--output: {target} is no GGUF file by its name, so --overwrite does not replace it; name another file")

@@ -49,6 +49,16 @@ def test_the_adapter_of_a_run_is_exported_beside_it(saved: Path, hybrid_dir: Pat
     assert (tmp_path / "run" / "export" / "adapter-vllm" / "adapter_model.safetensors").is_file() and "--max-lora-rank 16" in told
 
 
+def test_an_adapter_for_llama_cpp_is_one_file(saved: Path, hybrid_dir: Path, tmp_path: Path) -> None:
+    words = ("convert", "adapter", "--from", saved, "--base", hybrid_dir, "--to", "llama.cpp", "--overwrite", "--output")
+    told = typed(*words, tmp_path / "mine.gguf")
+    assert f"wrote {tmp_path / 'mine.gguf'} next: llama-server -m BASE.gguf --lora {tmp_path / 'mine.gguf'}" in told
+    assert (tmp_path / "mine.gguf").read_bytes()[:4] == b"GGUF"
+    (tmp_path / "notes.txt").write_text("kept")
+    with pytest.raises(NemotuneError, match="is no GGUF file by its name"):
+        typed(*words, tmp_path / "notes.txt")
+
+
 def test_an_adapter_is_converted_there_and_back(saved: Path, hybrid_dir: Path, tmp_path: Path) -> None:
     typed("convert", "adapter", "--from", saved, "--base", hybrid_dir, "--to", "vllm", "--output", tmp_path / "a")
     typed("convert", "adapter", "--from", tmp_path / "a", "--base", hybrid_dir, "--to", "peft", "--output", tmp_path / "b")
@@ -64,7 +74,7 @@ def test_a_dry_run_writes_nothing(saved: Path, hybrid_dir: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--for", "vlm", "--model", "M", "--adapter", "A", "--output", "O"], "--for: got 'vlm'. Did you mean 'vllm'? Known: peft, vllm"),
+        (["--for", "vlm", "--model", "M", "--adapter", "A", "--output", "O"], "--for: got 'vlm'. Did you mean 'vllm'? Known: peft, vllm, llama.cpp"),
         (["--for", "vllm", "--model", "M", "--adapter", "A"], "--output: --model, --adapter and --output go together, without a recipe"),
         (["--for", "vllm", "--adapter", "A", "--output", "O"], "--model: --model, --adapter and --output go together, without a recipe"),
         (["--for", "vllm", "--run-dir", "nowhere"], "nowhere/adapter: nothing trained yet; `nemotune train` comes first"),

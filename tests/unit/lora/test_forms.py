@@ -186,3 +186,10 @@ def test_a_value_of_one_expert_that_is_not_finite_is_named(saved, hybrid_dir, tm
     tensors[key][-1, -1] = torch.nan
     with pytest.raises(CheckpointError, match=f"1 of {len(tensors)} tensors hold values that are not finite, first {re.escape(key)}"):
         read(write(tmp_path / "adapter", tensors), hybrid_dir)
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor(1.0), torch.zeros(0), torch.zeros(3, 0)])
+def test_tensors_without_dims_or_values_are_named_as_any_other(saved, hybrid_dir, tmp_path, tensor):
+    tensors = per_expert(load_file(saved / WEIGHTS)) | {"base_model.model.backbone.extra.lora_A.weight": tensor}
+    with pytest.raises(CheckpointError, match=r"extra\.lora_A\.weight: no module that adapter_config\.json names has this tensor"):
+        read(write(tmp_path / "adapter", tensors), hybrid_dir)

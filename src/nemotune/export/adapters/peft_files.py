@@ -18,7 +18,7 @@ from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.export.adapters.opened import Opened
 from nemotune.export.adapters.same_scale import same_scale
 from nemotune.export.safetensors_files import weight_files
-from nemotune.export.stream import Ends, Plan
+from nemotune.export.stream import Ends, Plan, in_threads
 from nemotune.lora.adapter import CONFIG, WEIGHTS, read_adapter
 from nemotune.lora.forms import Entry, Form, entries
 from nemotune.lora.layers import scale
@@ -91,14 +91,16 @@ def _tensor(adapter: Adapter, name: str, which: str) -> Tensor:
     if which == "lora_magnitude_vector":
         return adapter.magnitudes[name]
     A, B = adapter.pairs[name]
-    return {"lora_A": A, "lora_B": B, "lora_embedding_A": B.T, "lora_embedding_B": A.T}[which]
+    if which.startswith("lora_embedding"):
+        return B.T if which == "lora_embedding_A" else A.T
+    return A if which == "lora_A" else B
 
 
 def _verify(directory: Path, adapter: Adapter, model: CausalLM) -> None:
     """Read the adapter in `directory` back and compare every value, rank and scale. Raises CheckpointError where one differs."""
     written = read_adapter(directory, model)
-    wrong = [name for name in adapter.settings if not _is_same(name, written, adapter)]
-    wrong += [name for name in written.settings if name not in adapter.settings]
+    names = sorted(adapter.settings.keys() | written.settings.keys())
+    wrong = [name for name, same in zip(names, in_threads(lambda name: _is_same(name, written, adapter), names), strict=True) if not same]
     if wrong:
         raise CheckpointError(
             f"{directory}: {len(wrong)} of {len(adapter.settings)} modules read back are not what was to be written, first {wrong[0]}; "
@@ -107,7 +109,7 @@ def _verify(directory: Path, adapter: Adapter, model: CausalLM) -> None:
 
 
 def _is_same(name: str, one: Adapter, other: Adapter) -> bool:
-    if name not in one.settings or (name in one.magnitudes) != (name in other.magnitudes):
+    if not (name in one.settings and name in other.settings) or (name in one.magnitudes) != (name in other.magnitudes):
         return False
     settings = [(its.rank, scale(its)) for its in (one.settings[name], other.settings[name])]
     both = [*zip(one.pairs[name], other.pairs[name], strict=True)]

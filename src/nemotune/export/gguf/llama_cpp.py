@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,14 @@ def tokenize(path: Path, texts: Sequence[str]) -> tuple[list[list[int]], list[in
     return found["tokens"], found["ends"]
 
 
-def logits(path: Path, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """For each prompt the logits [T, V] of all its positions. Raises CheckpointError where llama.cpp cannot load or run the file."""
+def logits(path: Path, prompts: Sequence[Sequence[int]], *, adapter: Path | None = None) -> list[np.ndarray]:
+    """For each prompt the logits [T, V] of all its positions, with the GGUF file `adapter` on top.
+
+    Raises CheckpointError where llama.cpp cannot load or run a file.
+    """
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "logits.npz"
-        _ask(path, {"prompts": [list(prompt) for prompt in prompts], "out": str(out)})
+        _ask(path, {"prompts": [list(prompt) for prompt in prompts], "out": str(out), "adapter": adapter and str(adapter)})
         with np.load(out) as arrays:
             return [arrays[f"arr_{index}"] for index in range(len(prompts))]
 
@@ -114,7 +117,13 @@ def _library() -> Any:
     library.llama_model_default_params.restype = library.llama_context_default_params.restype = _Params
     library.llama_batch_init.restype = _Batch
     library.llama_get_logits_ith.restype = POINTER(c_float)
-    for name in ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab", "llama_get_memory"):
+    for name in (
+        "llama_model_load_from_file",
+        "llama_init_from_model",
+        "llama_model_get_vocab",
+        "llama_get_memory",
+        "llama_adapter_lora_init",
+    ):
         getattr(library, name).restype = c_void_p
     library.llama_vocab_is_eog.restype = c_bool
     return library
@@ -165,6 +174,14 @@ class _Model:
             sys.exit("llama.cpp could not make a context for the file")
         self.batch = self.library.llama_batch_init(num_positions, 0, 1)
 
+    def adapt(self, path: str) -> None:
+        """Compute with the adapter at `path`, whole, in what was opened."""
+        adapter = c_void_p(self.library.llama_adapter_lora_init(self.model, path.encode()))
+        if not adapter:
+            sys.exit("llama.cpp could not load the adapter")
+        if self.library.llama_set_adapters_lora(self.context, (c_void_p * 1)(adapter), c_size_t(1), (c_float * 1)(1.0)):
+            sys.exit("llama.cpp could not apply the adapter")
+
     def forget(self) -> None:
         self.library.llama_memory_clear(c_void_p(self.library.llama_get_memory(self.context)), c_bool(True))
 
@@ -204,6 +221,8 @@ def _answer(path: str, question: dict[str, Any]) -> dict[str, Any]:
         return {"tokens": [model.tokenize(text) for text in question["texts"]], "ends": model.ends()}
     prompts, new = question.get("prompts") or question["continue"], question.get("max_new_tokens", 0)
     model.open(max(map(len, prompts)) + new)
+    if question.get("adapter"):
+        model.adapt(question["adapter"])
     if "continue" in question:
         return {"answers": [model.answer(prompt, max_new_tokens=new, stop_ids=question["stop_ids"]) for prompt in prompts]}
     found = []

@@ -76,11 +76,11 @@ def gguf_tensors(tuned: Tuned) -> list[GGUFTensor]:
     made, unknown = _rope_factors(config), []
     mixed = isinstance(config, NemotronHConfig) and config.expert_layers
     for parameter, values in parameters.items():
-        name = _gguf_name(parameter)
+        name = gguf_name(parameter)
         if name is None:
             unknown.append(parameter)
         elif not (mixed and _is_dense(name)):
-            shape, change = _change(name, tuple(values.shape), config)
+            shape, change = change_of(name, tuple(values.shape), config)
             made.append(GGUFTensor(name, shape, partial(_pieces, tuned, on_disk[parameter], change)))
     if unknown:
         raise UnsupportedError(
@@ -113,7 +113,8 @@ def _names_on_disk(tuned: Tuned) -> dict[str, list[str]]:
     return names
 
 
-def _gguf_name(parameter: str) -> str | None:
+def gguf_name(parameter: str) -> str | None:
+    """What llama.cpp calls it, None where it has no place for it."""
     if parameter in OUTSIDE_BLOCKS:
         return OUTSIDE_BLOCKS[parameter]
     match = re.fullmatch(r"(?:backbone|model)\.layers\.(\d+)\.(.+)", parameter)
@@ -127,7 +128,7 @@ def _is_dense(name: str) -> bool:
 Change = Callable[[Tensor], Tensor]
 
 
-def _change(name: str, shape: tuple[int, ...], config: NemotronHConfig | LlamaConfig) -> tuple[tuple[int, ...], Change | None]:
+def change_of(name: str, shape: tuple[int, ...], config: NemotronHConfig | LlamaConfig) -> tuple[tuple[int, ...], Change | None]:
     """The shape in the file, and what makes the whole tensor's values so; None where they stay as they are."""
     last = name.split(".", 2)[-1]
     if isinstance(config, NemotronHConfig):

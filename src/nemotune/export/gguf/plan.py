@@ -92,8 +92,13 @@ def _header(tuned: Tuned, tensors: Sequence[GGUFTensor], types: dict[str, GGMLQu
     own = tuned.adapter_dir and tuned.adapter_dir / TEMPLATE
     template = own.read_text(encoding="utf-8") if own and own.is_file() else None
     add_tokenizer(writer, tuned.directory, config.vocab_size, template=template, stops=stop_tokens(tuned.adapter_dir, tuned.directory))
+    return header_bytes(writer)
+
+
+def header_bytes(writer: GGUFWriter) -> bytes:
+    """What was added to `writer`, up to the first tensor's first byte: it writes into memory, since the file is ours to write."""
     out = io.BytesIO()
-    writer.fout, writer.state = [out], WriterState.EMPTY  # type: ignore[list-item]  # into memory: the file is ours to write
+    writer.fout, writer.state = [out], WriterState.EMPTY  # type: ignore[list-item]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
