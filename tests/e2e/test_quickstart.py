@@ -7,8 +7,14 @@ import json
 import torch
 from transformers import AutoModelForCausalLM
 
+from nemotune import assets
 from nemotune.data.prepare import Prepared
 from nemotune.data.template import Renderer
+from nemotune.evaluate.calls import parse_reply, typed
+from nemotune.export.gguf import llama_cpp
+from nemotune.export.gguf.plan import plan_gguf
+from nemotune.export.stream import write
+from nemotune.export.tuned import open_tuned
 from nemotune.generate import generate
 from nemotune.models import load_model, load_tokenizer
 from nemotune.train.metrics import read_metrics
@@ -33,6 +39,8 @@ def test_quickstart_teaches_and_leaves_what_it_promises(nemotune, tmp_path):
     page = (run_dir / "report.html").read_text()
     assert "held-out arguments" in page and "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     merged_equals_transformers(run_dir)
+    if llama_cpp.is_installed():
+        gguf_calls_tools_as_the_merged_model(run_dir)
 
 
 def merged_equals_transformers(run_dir):
@@ -51,3 +59,21 @@ def merged_equals_transformers(run_dir):
     for prompt, answer in zip(prompts, answers, strict=True):
         assert theirs.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[0, len(prompt) :].tolist() == answer
     assert all(answer[-1] == 11 for answer in answers)
+
+
+def gguf_calls_tools_as_the_merged_model(run_dir):
+    """An f16 file of base and adapter: llama.cpp says the merged model's tokens, and its server reads the same calls from the same requests."""
+    path = run_dir / "export" / "quickstart-f16.gguf"
+    write(plan_gguf(open_tuned(assets.resolve("nemotron-tiny"), run_dir / "adapter"), "f16"), path)
+    merged = run_dir / "export" / "merged"
+    tokenizer, model = load_tokenizer(merged), load_model(merged, dtype="float32")
+    examples = list(Prepared.load(run_dir / "data").test.examples())[:6]
+    prompts = [Renderer(tokenizer).prompt_tokens(example, turn=1) for example in examples]
+    answers = generate(model, prompts, max_new_tokens=60, stop_ids={2, 11})
+    assert llama_cpp.generate(path, prompts, max_new_tokens=60, stop_ids={2, 11}) == answers
+    switch = {"chat_template_kwargs": {"enable_thinking": False}, "max_tokens": 60}
+    asked = [{"messages": list(example.messages[:1]), "tools": list(example.tools), **switch} for example in examples]
+    for example, answer, served in zip(examples, answers, llama_cpp.chat(path, asked), strict=True):
+        ours = [(call.name, typed(call, example.tools).arguments) for call in parse_reply(tokenizer.decode(answer)).calls]
+        theirs = [call["function"] for call in served["choices"][0]["message"]["tool_calls"]]
+        assert ours == [(call["name"], json.loads(call["arguments"])) for call in theirs] != []

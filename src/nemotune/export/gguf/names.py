@@ -90,7 +90,16 @@ def gguf_tensors(tuned: Tuned) -> list[GGUFTensor]:
         assert isinstance(config, NemotronHConfig)
         for layer in (index for index, kind in enumerate(config.block_types) if kind == "mlp"):
             made += [GGUFTensor(*dense) for dense in dense_as_experts(partial(_read_dense, tuned, on_disk, layer), config, layer)]
+    if isinstance(config, NemotronHConfig) and not config.use_conv_bias:
+        biases = [
+            (tensor.name.replace(".weight", ".bias"), tensor.shape[0]) for tensor in made if tensor.name.endswith("ssm_conv1d.weight")
+        ]
+        made += [GGUFTensor(name, (channels,), partial(_zeros, channels)) for name, channels in biases]  # llama.cpp dies without one
     return sorted(made, key=lambda tensor: (tensor.block, tensor.name))
+
+
+def _zeros(channels: int) -> list[Callable[[], Tensor]]:
+    return [partial(torch.zeros, channels)]
 
 
 def left_out(tuned: Tuned) -> list[str]:
