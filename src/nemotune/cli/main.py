@@ -21,11 +21,12 @@ from nemotune.workflow import processes
 __all__ = ["guarded", "main"]
 
 VERBS = (
-    "run", "data", "data index", "plan", "train", "launch", "eval", "merge", "export adapter", "export hub", "convert adapter", "report",
-    "recipes", "doctor",
+    "run", "data", "data index", "plan", "train", "launch", "eval", "merge", "export adapter", "export hub", "export ollama", "convert adapter",
+    "report", "recipes", "doctor",
 )  # fmt: skip
 MODULES = {  # where the verb's name is none for a module
-    "eval": "evaluate", "data index": "index", "export adapter": "export_adapter", "export hub": "export_hub", "convert adapter": "convert_adapter",
+    "eval": "evaluate", "data index": "index", "export adapter": "export_adapter", "export hub": "export_hub", "export ollama": "export_ollama",
+    "convert adapter": "convert_adapter",
 }  # fmt: skip
 
 
