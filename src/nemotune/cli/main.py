@@ -50,6 +50,8 @@ class Verbs(TyperGroup):
         if verb not in VERBS and not verb.startswith("-"):
             if verb == "finetune":
                 ctx.fail("finetune is a command of its own: type it without nemotune, as `finetune --help`.")
+            if longer := [name for name in VERBS if name.startswith(f"{verb} ")]:
+                ctx.fail(f"{verb} takes one more word: {', '.join(longer)}.")
             ctx.fail(f"no verb '{verb}'.{did_you_mean(verb, VERBS)} `nemotune --help` lists them.")
         return super().resolve_command(ctx, args)
 

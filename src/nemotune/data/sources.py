@@ -64,7 +64,7 @@ def _local_files(source: Source) -> list[Path] | None:
         return _files(local, source.split)
     if local.is_file():
         return [local]
-    if builtin is None and _is_hub_id(source.path) and not _nearby(local):
+    if builtin is None and is_hub_id(source.path) and not _nearby(local):
         return None
     raise MissingFileError(f"{local}: no such file or directory.{_nearby(local)}")
 
@@ -103,7 +103,8 @@ def _is_of_split(file: Path, split: str) -> bool:
     return split in file.parts[:-1] or re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name) is not None
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
+    """Whether `path` is spelled as the id of a hub set; one may be a directory here all the same."""
     return bool(HUB_ID.fullmatch(path)) and not path.startswith(".") and Path(path).suffix.lower() not in READERS
 
 

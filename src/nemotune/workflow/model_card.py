@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotune import __version__
-from nemotune.data.sources import HUB_ID
+from nemotune import __version__, assets
+from nemotune.data.sources import is_hub_id
 from nemotune.evaluate.table import interval, number
 from nemotune.export.hub.card import AdapterLoads, Card, Metric, shown_recipe
 from nemotune.export.hub.contents import Kind
 from nemotune.export.hub.license import Base
 from nemotune.files import read_json
-from nemotune.recipe import Recipe, dump
+from nemotune.recipe import Recipe, Source, dump
 from nemotune.train.metrics import read_metrics
 
 VERSIONS = ("torch", "transformers", "safetensors")
@@ -31,9 +31,10 @@ def card_of(recipe: Recipe, run_dir: Path, *, repo: str, kind: Kind, base: Base,
 
 
 def _hub_sets(recipe: Recipe) -> list[str]:
-    """The ids of the sets from the hub that were trained on: what is on this disk is none, whatever its name."""
-    path = recipe.data.train.path
-    return [path] if HUB_ID.fullmatch(path) and not path.startswith(".") and not Path(path).suffix and not Path(path).exists() else []
+    """The ids of the sets of the hub that were used, those trained on first: what is on this disk is none, whatever its name."""
+    sources = (recipe.data.train, recipe.data.validation, recipe.data.test)
+    paths = dict.fromkeys(source.path for source in sources if isinstance(source, Source))
+    return [path for path in paths if is_hub_id(path) and not Path(path).exists() and not assets.resolve(path)]
 
 
 def _facts(recipe: Recipe, run_dir: Path) -> Iterator[tuple[str, str]]:

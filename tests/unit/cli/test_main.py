@@ -103,6 +103,11 @@ def test_mistake_is_one_readable_block(command: Command, words: list[str], lines
         assert line.startswith(f"  {expected}")
 
 
+def test_first_word_of_two_is_told_what_comes_next(command: Command) -> None:
+    done = command("export", "hbu")
+    assert done.returncode == 2 and "export takes one more word: " in done.stderr and "export hub" in done.stderr
+
+
 def test_finetune_is_told_to_be_a_command_of_its_own(command: Command) -> None:
     result = command("finetune", "--max-samples", "10")
     assert result.returncode == 2 and "finetune is a command of its own: type it without nemotune" in " ".join(result.stderr.split())

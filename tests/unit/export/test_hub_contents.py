@@ -59,6 +59,8 @@ def test_what_is_still_being_written_is_refused(adapter):
     (adapter / ".adapter_model.safetensors.partial").write_text("")
     with pytest.raises(CheckpointError, match="still being written, or was cut off; export again"):
         of_directory(adapter, base="b")
+    (adapter / ".adapter_model.safetensors.partial").rename(adapter / ".merged.partial")  # of another export
+    assert of_directory(adapter, base="b")[1] == [".merged.partial"]
 
 
 def test_cut_off_shard_of_a_model_is_refused(tmp_path):

@@ -81,8 +81,8 @@ def test_recipe_is_whole_and_names_no_place_of_this_machine(tmp_path):
 
 
 def test_sets_of_the_hub_are_named_and_directories_are_none(tmp_path, monkeypatch):
-    text = render(tmp_path, "data.train.path=glaiveai/glaive-function-calling-v2")
-    assert ModelCard(text).data.datasets == ["glaiveai/glaive-function-calling-v2"]
+    text = render(tmp_path, "data.train.path=glaiveai/glaive-function-calling-v2", "data.validation=owner/rows-v1.1")
+    assert ModelCard(text).data.datasets == ["glaiveai/glaive-function-calling-v2", "owner/rows-v1.1"]
     assert ModelCard(text).data.eval_results[0].dataset_type == "glaiveai/glaive-function-calling-v2"
     assert "path: glaiveai/glaive-function-calling-v2" in text
     (tmp_path / "customer" / "rows").mkdir(parents=True)

@@ -37,6 +37,7 @@ SECRETS = {
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
     "a path of this machine": re.compile(r"(?<![\w/.])(/home/|/Users/|[A-Za-z]:\\Users\\)[\w.-]+"),
 }
+STAGED = (".partial", ".incomplete", ".tmp")  # what is not whole yet
 CHUNK = 1 << 22
 
 
@@ -90,11 +91,15 @@ def of_directory(directory: Path, *, base: str) -> tuple[list[Content], list[str
     """
     kind = kind_of(directory)
     names = sorted(path.name for path in directory.iterdir() if path.name != "README.md")
-    if partial := [name for name in names if name.endswith((".partial", ".incomplete", ".tmp"))]:
+    if partial := [name for name in names if name.endswith(STAGED) and _is_sent(name.lstrip(".").rpartition(".")[0])]:
         raise CheckpointError(f"{directory / partial[0]}: is still being written, or was cut off; export again before it is published")
-    sent = [name for name in names if (directory / name).is_file() and any(fnmatch(name, pattern) for pattern in SENT)]
+    sent = [name for name in names if (directory / name).is_file() and _is_sent(name)]
     {"adapter": adapter_keys, "model": _require_model, "gguf": _require_gguf}[kind](directory)
     return [_content(directory / name, base) for name in sent], [name for name in names if name not in sent]
+
+
+def _is_sent(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in SENT)
 
 
 def refuse_private(contents: Iterable[Content], *, secrets: Iterable[str] = (), directories: Iterable[Path] = ()) -> None:
