@@ -44,7 +44,10 @@ def _facts(recipe: Recipe, run_dir: Path) -> Iterator[tuple[str, str]]:
         targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
         kinds = "".join(f", {name}" for name, used in (("rsLoRA", lora.rslora), ("DoRA", lora.dora)) if used)
         yield "adapter", f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, targets {targets}{kinds}"
-    yield "base while training", f"{'NF4, computing in ' if recipe.model.quantization == 'nf4' else ''}{recipe.model.dtype}"
+    yield (
+        "base while training" if recipe.method == "lora" else "computing in",
+        f"{'NF4, computing in ' if recipe.model.quantization == 'nf4' else ''}{recipe.model.dtype}",
+    )
     yield from _measured(run_dir)
     yield (
         "batch",
