@@ -10,6 +10,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from nemotune.export.adapters.opened import open_adapter
+from nemotune.export.adapters.peft_files import plan_for_peft, plan_for_vllm
 from nemotune.export.megatron.checkpoint import open_megatron
 from nemotune.export.megatron.lora import read_lora
 from nemotune.export.megatron.lora_files import plan_lora
@@ -109,6 +111,16 @@ def test_a_lora_checkpoint_merges_to_megatron_bridges_own_merge(tmp_path):
     for name, tensor in ours.items():
         assert torch.equal(tensor.to(theirs[name].dtype), theirs[name]), name
         assert tensor.dtype == theirs[name].dtype or name.endswith("e_score_correction_bias")
+
+
+@pytest.mark.parametrize("plan", [plan_for_peft, plan_for_vllm])
+def test_a_lora_checkpoint_in_another_form_merges_to_megatron_bridges_own_merge(plan, tmp_path):
+    base = FIXTURES / "hf" / "nemotron_h_tiny"
+    write(plan(open_adapter(FIXTURES / "ckpt_bridge_0.7_lora", base)), tmp_path / "adapter")
+    write(plan_merge(open_tuned(base, tmp_path / "adapter")), tmp_path / "merged")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "merged", FIXTURES / "hf_lora_merged"))
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.to(theirs[name].dtype), theirs[name]), name
 
 
 def test_a_lora_checkpoint_there_and_back_has_megatron_bridges_names_shapes_and_values(tmp_path):

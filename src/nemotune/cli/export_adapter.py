@@ -1,4 +1,4 @@
-"""`nemotune export adapter`: an adapter in the form that PEFT, vLLM or llama.cpp reads."""
+"""`nemotune export adapter`: an adapter in the form that PEFT, vLLM, llama.cpp or Megatron-Bridge reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def adapter(
-    reader: Annotated[str, typer.Option("--for", metavar="READER", help="peft, vllm or llama.cpp.")],
+    reader: Annotated[str, typer.Option("--for", metavar="READER", help="peft, vllm, llama.cpp or megatron.")],
     recipe: RecipeName = "quickstart",
     overrides: Overrides = None,
     run_dir: RunDir = None,
@@ -26,7 +26,7 @@ def adapter(
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write an adapter as PEFT, vLLM or llama.cpp reads it."""
+    """Write an adapter as PEFT, vLLM, llama.cpp or Megatron reads it."""
     processes.require_alone("export adapter")
     given = {"--model": model, "--adapter": source, "--output": output}
     alone = model is None and source is None

@@ -74,7 +74,7 @@ def test_a_dry_run_writes_nothing(saved: Path, hybrid_dir: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--for", "vlm", "--model", "M", "--adapter", "A", "--output", "O"], "--for: got 'vlm'. Did you mean 'vllm'? Known: peft, vllm, llama.cpp"),
+        (["--for", "vlm", "--model", "M", "--adapter", "A", "--output", "O"], "--for: got 'vlm'. Did you mean 'vllm'? Known: peft, vllm, llama.cpp, megatron"),
         (["--for", "vllm", "--model", "M", "--adapter", "A"], "--output: --model, --adapter and --output go together, without a recipe"),
         (["--for", "vllm", "--adapter", "A", "--output", "O"], "--model: --model, --adapter and --output go together, without a recipe"),
         (["--for", "vllm", "--run-dir", "nowhere"], "nowhere/adapter: nothing trained yet; `nemotune train` comes first"),

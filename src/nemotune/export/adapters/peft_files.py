@@ -66,7 +66,7 @@ def _plan(opened: Opened, adapter: Adapter, form: Form) -> Plan[int]:
         return [lambda: entry.of(_tensor(adapter, name, entry.which)).to(dtype)]
 
     def finish(directory: Path, ends: Ends) -> None:
-        copy_side_files(opened.directory, directory)  # tokenizer and template that it was trained with
+        copy_side_files(opened.side_files, directory)  # tokenizer and template that it was trained with
         config = peft_config(adapter.lora, adapter.settings, model, form, base=opened.base)
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
