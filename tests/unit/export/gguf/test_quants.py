@@ -36,6 +36,12 @@ def test_bytes_equal_the_gguf_packages(kind, scale):
         assert np.array_equal(quantize(x, kind, through=None), quants.quantize(x.numpy(), GGMLQuantizationType[kind]).view(np.uint8))
 
 
+def test_halves_round_away_from_zero_and_what_is_just_below_does_not():
+    x = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -2.5, 0.49999997, -0.49999997, 1.4999999, 126.49999] + [0.0] * 22)
+    packed = quantize(x[None], "Q8_0", through=None)
+    assert packed[0, 2:12].view(np.int8).tolist() == [127, 1, 2, 3, -1, -3, 0, 0, 1, 126]
+
+
 @pytest.mark.parametrize(("kind", "width", "levels"), [("Q4_K", 32, 15), ("Q5_K", 32, 31), ("Q6_K", 16, 63)])
 def test_a_value_comes_back_within_a_level(kind, width, levels):
     """One level of the widest sub-block, as the search may cut a sub-block's ends, and the half 63rd (128th) to which scales and minima are rounded."""
@@ -71,6 +77,11 @@ def test_every_row_is_packed_alone(kind):
     x = torch.cat([rows(260, 1024), torch.zeros(2, 1024), rows(2, 1024, scale=1e-6), torch.full((2, 1024), -3.0)])
     alone = np.concatenate([quantize(row, kind) for row in x.split([1, 258, 1, 4, 2])])
     assert np.array_equal(quantize(x, kind), alone)
+
+
+def test_stacked_experts_are_rows_too():
+    x = rows(6, 256)
+    assert np.array_equal(quantize(x.view(2, 3, 256), "Q4_K"), quantize(x, "Q4_K").reshape(2, 3, 144))
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])

@@ -63,7 +63,7 @@ def row_bytes(kind: str, row_length: int) -> int:
 
 
 def quantize(rows: Tensor, kind: str, *, through: torch.dtype | None = torch.float16) -> np.ndarray:
-    """uint8 [rows, row_bytes] of `rows` [rows, row_length] in float32, float16 or bfloat16.
+    """uint8 [..., row_bytes] of `rows` [..., row_length] in float32, float16 or bfloat16.
 
     A quantised kind rounds its values to `through` first: llama.cpp's own path writes a float16 file and quantises that. None: as they are.
     F32, F16 and BF16 are made of the rows themselves.
@@ -72,7 +72,7 @@ def quantize(rows: Tensor, kind: str, *, through: torch.dtype | None = torch.flo
     """
     packing = KINDS[kind]
     width = row_bytes(kind, rows.shape[-1])
-    packed = np.empty((rows.shape[0], width), np.uint8)
+    packed = np.empty((*rows.shape[:-1], width), np.uint8)
     values, out = rows.detach().reshape(-1, packing.block), torch.from_numpy(packed).view(-1, packing.num_bytes)
     step = packing.chunk // packing.block
     with torch.inference_mode(), np.errstate(all="ignore"):  # sums of huge values overflow, as in C

@@ -1,8 +1,10 @@
 """Q4_K and Q5_K: 256 values as 8 sub-blocks of 32, each with a 6-bit scale and minimum. Byte for byte what ggml's reference functions give.
 
 The search tries 21 or 16 step widths per sub-block and keeps the one of least weighted squared error; a kept one's minimum feeds the next try. It runs
-on all lanes at once and rounds with rint. Super-blocks where that is not ggml's rounding, or where the search's own levels are the result, are few and
-are done again exactly. Source: quantize_row_q4_K_ref and make_qkx2_quants in ggml-quants.c.
+on all lanes at once and rounds with rint, which is ggml's rounding there: a minimum of more than half the range up would miss the lowest value by more
+than the first try misses all, so levels stay below twice their number. Super-blocks where the search's own levels are the result (their scale rounds to
+zero, as where numbers are too small to be computed with), or where the last rounding may leave rint's range, are few and are done again exactly.
+Source: quantize_row_q4_K_ref and make_qkx2_quants in ggml-quants.c.
 
 N super-blocks, J = 8 sub-blocks of I = 32 elements, M = N J lanes.
 """
@@ -47,15 +49,12 @@ Q5_K = Grid(levels=31, first=-0.5, last_step=15)
 
 @dataclass(frozen=True)
 class Found:
-    """Of each lane: what the search kept; the largest magnitude; whether all values are equal; whether rint may not be ggml's rounding. `levels` [I, M]
-    if exact.
-    """
+    """Of each lane: what the search kept; the largest magnitude; whether all values are equal. `levels` [I, M] if exact."""
 
     scale: Tensor
     minimum: Tensor
     largest: Tensor
     flat: Tensor
-    irregular: Tensor
     levels: Tensor | None
 
 
@@ -72,8 +71,7 @@ def quantize_k(x_NK: Tensor, grid: Grid, *, exact: bool = False) -> Tensor:
     if kept.any():
         levels[kept] = 0.0 if found.levels is None else found.levels[:, kept].t()
     packed = _pack(d, dmin, scales, minima, levels.to(torch.int8).view(-1, SUB_BLOCKS, SUB_BLOCK), five_bits=grid.levels > 15)
-    redo = found.irregular | torch.where(kept, ~found.flat, ~((found.largest + offset) / step < ROUNDS_AS_RINT / 2))
-    redo = redo.view(-1, SUB_BLOCKS).any(1)
+    redo = torch.where(kept, ~found.flat, ~((found.largest + offset) / step < ROUNDS_AS_RINT / 2)).view(-1, SUB_BLOCKS).any(1)
     if not exact and redo.any():
         packed[redo] = quantize_k(x_NK[redo], grid, exact=True)
     return packed
@@ -94,7 +92,7 @@ def search(x: Tensor, grid: Grid, *, exact: bool) -> Found:
     lowest, high = x.amin(0), x.amax(0)
     torch.clamp(lowest, max=0, out=low)
     span, better, solvable = high - low, *torch.empty(2, lanes, dtype=torch.bool)
-    whole, narrowest, inverse = span.clone(), span.clone(), torch.div(grid.whole, span)
+    flat, inverse = span == 0, torch.div(grid.whole, span)
     torch.reciprocal(inverse, out=scale)
 
     def round_levels() -> None:
@@ -110,7 +108,6 @@ def search(x: Tensor, grid: Grid, *, exact: bool) -> Found:
     weigh(scale, low, least)
     for width in grid.widths:
         torch.sub(high, low, out=span)
-        torch.minimum(narrowest, span, out=narrowest)
         torch.div(width, span, out=inverse)
         round_levels()
         column_sums(torch.mul(w, level, out=product), sum_l)
@@ -123,9 +120,7 @@ def search(x: Tensor, grid: Grid, *, exact: bool) -> Found:
         torch.where(better, tried, kept, out=kept)
         if candidate is not None:
             levels = torch.where(better, candidate, levels)
-    flat = whole == 0
-    regular = (whole > 1e-30) & (whole < 1e30) & (narrowest > whole * 2**-16)
-    return Found(scale, low, torch.maximum(high, -lowest), flat, ~(flat | regular), levels)
+    return Found(scale, low, torch.maximum(high, -lowest), flat, levels)
 
 
 def _fit(sums: Tensor, terms: Tensor, *, out: Tensor) -> Tensor:
