@@ -126,7 +126,7 @@ def test_a_lora_checkpoint_in_another_form_merges_to_megatron_bridges_own_merge(
 def test_a_lora_checkpoint_there_and_back_has_megatron_bridges_names_shapes_and_values(tmp_path):
     """Its q, k and v share an A, so nothing is widened; each expert's adapter is written as its own."""
     theirs = open_megatron(FIXTURES / "ckpt_bridge_0.7_lora")
-    write(plan_lora(open_tuned(FIXTURES / "hf" / "nemotron_h_tiny", theirs.directory, read=read_lora)), tmp_path / "lora")
+    write(plan_lora(open_adapter(theirs.directory, FIXTURES / "hf" / "nemotron_h_tiny")), tmp_path / "lora")
     ours = open_megatron(tmp_path / "lora")
     assert ours.stored.tensors.keys() == theirs.stored.tensors.keys()
     for name, tensor in ours.stored.tensors.items():

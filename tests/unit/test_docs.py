@@ -24,6 +24,7 @@ from nemotune.evaluate import TASKS, compare, span_qa, tool_calls
 from nemotune.evaluate.compare import MIN_ROWS, PRIMARY, RESAMPLES
 from nemotune.evaluate.report import MEANINGS
 from nemotune.evaluate.rows import Row
+from nemotune.export.megatron import homes
 from nemotune.lora import apply_lora, coverage
 from nemotune.lora.targets import adaptable_modules
 from nemotune.models import build_model, config_json, load_model, load_tokenizer, parse_config, read_config
@@ -147,6 +148,35 @@ def test_coverage_of_nano_30b_is_the_table():
 
 def test_every_reader_of_adapters_has_a_row():
     assert columns(LORA, "`--for` | experts of one projection | names | refused") == list(adapters.PLANS)
+
+
+# megatron.md
+
+
+def test_modules_here_and_there_are_those_of_the_homes():
+    """But for MTP, whose layers are spelled out, and norms, which lie with what they come before."""
+    rows = [row for row in table_rows(DOCS / "megatron.md", "block | here | there") if row[0] != "MTP"]
+    told = [{name for row in rows for name in coded(row[column])} for column in (1, 2)]
+    tables = [row for table in (homes.LINEAR, homes.OTHER) for block in table.values() for row in block]
+    spelled = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    ours = {name.replace(last, each) for name, _, _ in tables for last in [module(name)] for each in spelled.get(last, (last,))}
+    ends = [pair for family in homes.ENDS.values() for pair in family] + [(homes.HEAD, "lm_head.weight")]
+    ours = {stem(name) for name in ours} | {stem(name) for _, name in ends}
+    theirs = {stem(name) for _, name, _ in tables} | {stem(name) for name, _ in ends}
+    in_llama = {name.replace("mixer.", "self_attn.") for name in told[0] if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))}
+    norms = {"norm", "input_layernorm", "post_attention_layernorm"}
+    assert told[0] | in_llama == ours - norms
+    assert told[1] | told[0] & theirs == theirs - {"pre_mlp_layernorm"}  # some have one name
+
+
+def module(name: str) -> str:
+    """The last part of a module's or a tensor's name that names a module."""
+    return stem(name).rpartition(".")[2]
+
+
+def stem(name: str) -> str:
+    """A tensor's name as the page has it: without what it is of its module."""
+    return re.sub(r"\.(weight|bias|layer_norm_weight|e_score_correction_bias|expert_bias)$", "", name)
 
 
 # training.md

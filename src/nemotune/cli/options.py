@@ -14,13 +14,26 @@ from nemotune.workflow import processes
 if TYPE_CHECKING:
     from nemotune.recipe import Recipe
 
-__all__ = ["DryRun", "Opened", "Overrides", "Overwrite", "RecipeName", "Resume", "RunDir", "carry_out", "open_recipe", "training_verb"]
+__all__ = [
+    "DryRun",
+    "Opened",
+    "Overrides",
+    "Overwrite",
+    "RecipeName",
+    "Resume",
+    "RunDir",
+    "Verify",
+    "carry_out",
+    "open_recipe",
+    "training_verb",
+]
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe, a YAML file, or the directory of an earlier run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings on top of the recipe: train.epochs=2 ...")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run is kept; runs/NAME of the recipe otherwise.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Read back and compare every tensor, not a sample.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and written; write nothing.")]
 
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from nemotune.data.progress import progress
 from nemotune.errors import ConflictError, MissingFileError, RecipeError, UnsupportedError, did_you_mean
 from nemotune.export.adapters.gguf_file import plan_for_llama_cpp
-from nemotune.export.adapters.megatron_files import plan_for_megatron
 from nemotune.export.adapters.opened import Opened, open_adapter
 from nemotune.export.adapters.peft_files import plan_for_peft, plan_for_vllm, vllm_max_rank
 from nemotune.export.adapters.same_scale import is_same_scale
-from nemotune.export.megatron.checkpoint import LATEST
+from nemotune.export.megatron.checkpoint import is_megatron
+from nemotune.export.megatron.lora_files import plan_lora
 from nemotune.export.stream import Plan, write
 from nemotune.lora.adapter import CONFIG, OUT_PROJ_NOTE
 from nemotune.models import locate
@@ -27,7 +27,7 @@ PLANS: dict[str, Callable[[Opened], Plan[int]]] = {
     "peft": plan_for_peft,
     "vllm": plan_for_vllm,
     "llama.cpp": plan_for_llama_cpp,
-    "megatron": plan_for_megatron,
+    "megatron": plan_lora,
 }
 ONE_SCALE = ("vllm", "llama.cpp")
 
@@ -84,14 +84,16 @@ def _next(opened: Opened, reader: str, output: Path) -> str | None:
         return f"{serve} --max-lora-rank {vllm_max_rank(opened.adapter)}"
     if reader == "llama.cpp":
         return f"llama-server -m BASE.gguf --lora {quote(str(output))}"
-    return f"PeftModel.from_pretrained(base, {str(output)!r})" if reader == "peft" else None
+    if reader == "megatron":
+        return f"nemotune convert inspect {quote(str(output))}"
+    return f"PeftModel.from_pretrained(base, {str(output)!r})"
 
 
 def _refuse_target(target: Path, adapter: Path) -> None:
     """An adapter takes the place of an adapter, never of anything else, nor of the one that is read."""
     if adapter.resolve().is_relative_to(target.resolve()):
         raise ConflictError(f"--output: {target} holds the adapter that is read; name another directory")
-    if target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in (CONFIG, LATEST)):
+    if target.is_dir() and any(target.iterdir()) and not ((target / CONFIG).is_file() or is_megatron(target)):
         raise ConflictError(
             f"--output: {target} holds no adapter (no {CONFIG}), so --overwrite does not replace it; name another directory"
         )

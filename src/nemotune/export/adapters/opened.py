@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotune.export.megatron.checkpoint import LATEST, TOKENIZER, open_megatron
+from nemotune.export.megatron.checkpoint import TOKENIZER, is_megatron, iteration_of
 from nemotune.export.megatron.lora import read_lora
 from nemotune.export.stream import fingerprint
 from nemotune.lora.adapter import CONFIG, read_adapter
@@ -17,21 +16,17 @@ from nemotune.models.base import CausalLM
 from nemotune.models.config_json import read_config
 from nemotune.models.loading import build_model
 from nemotune.weights import Checkpoint
-from nemotune.weights.dcp import METADATA
-
-Read = Callable[[Path, CausalLM], Adapter]
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An adapter, the directory of its tensors and who reads it, and the model that it is for, on the meta device.
+    """An adapter, the directory of its tensors, and the model that it is for, on the meta device.
 
     `base` is what the adapter calls that model, `side_files` where tokenizer and template lie that it was trained with.
     """
 
     adapter: Adapter
     directory: Path
-    read: Read
     model: CausalLM
     base_dir: Path
     base: str
@@ -51,9 +46,9 @@ def open_adapter(directory: Path, base_dir: Path) -> Opened:
     model = build_model(read_config(base_dir))
     if any(base_dir.glob("*.safetensors")):
         model.source = Checkpoint(base_dir)
-    if not (directory / CONFIG).is_file() and any((directory / name).is_file() for name in (LATEST, METADATA)):
-        iteration = open_megatron(directory).directory
-        return Opened(read_lora(iteration, model), iteration, read_lora, model, base_dir, str(base_dir), iteration / TOKENIZER)
+    if is_megatron(directory):
+        iteration = iteration_of(directory)
+        return Opened(read_lora(iteration, model), iteration, model, base_dir, str(base_dir), iteration / TOKENIZER)
     adapter = read_adapter(directory, model)
     base = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return Opened(adapter, directory, read_adapter, model, base_dir, base or str(base_dir), directory)
+    return Opened(adapter, directory, model, base_dir, base or str(base_dir), directory)

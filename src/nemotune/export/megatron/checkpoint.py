@@ -59,18 +59,17 @@ class MegatronCheckpoint:
 
 def open_megatron(path: Path) -> MegatronCheckpoint:
     """The checkpoint at `path`: its latest iteration, or the directory of one. Raises MissingFileError, CheckpointError."""
-    directory = _iteration_of(Path(path))
+    directory = iteration_of(Path(path))
     return MegatronCheckpoint(directory, directory.name.removeprefix("iter_"), DcpDirectory(directory), _run_config(directory / RUN_CONFIG))
 
 
-def finite(values: Tensor, name: str) -> Tensor:
-    """The values as they are. Raises CheckpointError where one is Inf or NaN."""
-    if values.is_floating_point() and not torch.isfinite(values).all():
-        raise CheckpointError(f"{name}: holds values that are not finite; copy the checkpoint again, or take an earlier one")
-    return values
+def is_megatron(path: Path) -> bool:
+    """Whether `path` is a checkpoint of Megatron-Bridge, or one iteration of it."""
+    return (path / LATEST).is_file() or (path / METADATA).is_file()
 
 
-def _iteration_of(path: Path) -> Path:
+def iteration_of(path: Path) -> Path:
+    """The directory of the latest iteration of the checkpoint at `path`, or `path` where it is one. Raises MissingFileError, CheckpointError."""
     if (path / METADATA).is_file():
         return path
     if not (path / LATEST).is_file():
@@ -82,6 +81,13 @@ def _iteration_of(path: Path) -> Path:
     if not directory.is_dir():
         raise MissingFileError(f"{directory}: no such directory, {LATEST} names it; copy that iteration too, or name one that is there")
     return directory
+
+
+def finite(values: Tensor, name: str) -> Tensor:
+    """The values as they are. Raises CheckpointError where one is Inf or NaN."""
+    if values.is_floating_point() and not torch.isfinite(values).all():
+        raise CheckpointError(f"{name}: holds values that are not finite; copy the checkpoint again, or take an earlier one")
+    return values
 
 
 def _run_config(path: Path) -> dict[str, Any]:

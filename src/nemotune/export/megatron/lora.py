@@ -2,7 +2,7 @@
 
 `LoRA` has one A for the projections that Megatron fuses, `CanonicalLoRA` one for each; adapters of experts are 3-D, or 2-D where all experts
 share one. B's rows move as the weight's do (`homes.py`). What a rank component with a B of zeros adds is nothing, so it is left out: adapters
-that `lora_files.py` widened become what they were. The way there is `lora_files.plan_lora(tuned) -> Plan`.
+that `lora_files.py` widened become what they were. The way there is `lora_files.plan_lora(opened) -> Plan`.
 """
 
 from __future__ import annotations

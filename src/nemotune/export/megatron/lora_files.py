@@ -1,4 +1,4 @@
-"""An adapter of ours to a LoRA checkpoint that Megatron-Bridge loads: `plan_lora(tuned) -> Plan`; the way back is `lora.read_lora`.
+"""An adapter of ours to a LoRA checkpoint that Megatron-Bridge loads: `plan_lora(opened) -> Plan`; the way back is `lora.read_lora`.
 
 Megatron-Bridge's `LoRA` has one rank, one alpha and, for the projections that Megatron fuses, one A. Where ours have an A each, these stand
 one below the other, each beside the columns of B that are its own: A = [Aq; Ak; Av], B block-diagonal, of three times the rank. Narrower
@@ -19,18 +19,19 @@ import torch
 from torch import Tensor
 
 from nemotune.errors import CheckpointError, UnsupportedError
+from nemotune.export.adapters.opened import Opened
 from nemotune.export.megatron.checkpoint import ADAPTER
 from nemotune.export.megatron.dcp_files import ChunkToWrite, DcpFiles
-from nemotune.export.megatron.fitting import Compared, Fitted, fit, same_bytes, slabs
+from nemotune.export.megatron.fitting import Fitted, fit, same_bytes, slabs
 from nemotune.export.megatron.homes import by_expert
 from nemotune.export.megatron.lora import A_OF, B_OF, LinearModule, kept_slots, linear_modules, read_lora
 from nemotune.export.megatron.rows import Rows, cut
 from nemotune.export.megatron.side_files import write_side_files
 from nemotune.export.megatron.to_megatron import ITERATION
 from nemotune.export.stream import Ends, Plan
-from nemotune.export.tuned import Tuned
 from nemotune.lora.layers import scale
 from nemotune.lora.pairs import Adapter
+from nemotune.models.base import CausalLM
 from nemotune.weights.dtypes import TORCH_DTYPES
 
 
@@ -88,21 +89,24 @@ class _Widened:
         return [name for name in module.ours if name in self.firsts]
 
 
-def plan_lora(tuned: Tuned) -> Plan[Compared]:
-    """What is written for the adapter of `tuned`. Raises UnsupportedError for what Megatron-Bridge's LoRA cannot hold, by name."""
-    assert tuned.adapter is not None, "a model without an adapter is to_megatron.py's"
-    modules = list(linear_modules(tuned.model.config))
-    _refuse(tuned.adapter, {name for module in modules for name in module.ours})
-    widened = _widen(tuned.adapter, modules)
+def plan_lora(opened: Opened) -> Plan[int]:
+    """What is written for an adapter; of its base only config.json is needed. The plan's report is the number of tensors that were read back.
+
+    Raises UnsupportedError for what Megatron-Bridge's LoRA cannot hold, by name.
+    """
+    model, modules = opened.model, list(linear_modules(opened.model.config))
+    _refuse(opened.adapter, {name for module in modules for name in module.ours})
+    widened = _widen(opened.adapter, modules)
     kinds = {module.kind for module in modules if any(name in widened.firsts for name in module.ours)}
-    files = DcpFiles.of(ITERATION, (chunk for module in modules if module.kind in kinds for chunk in _chunks(module, widened, tuned)), ())
+    files = DcpFiles.of(ITERATION, (chunk for module in modules if module.kind in kinds for chunk in _chunks(module, widened, model)), ())
 
     def finish(directory: Path, ends: Ends) -> None:
         files.write_metadata(directory, ends)
-        write_side_files(directory, ITERATION, tuned, more={"peft": _settings(widened, sorted(kinds))})
+        settings = {"peft": _settings(widened, sorted(kinds))}
+        write_side_files(directory, ITERATION, config=model.config, beside=opened.base_dir, more=settings)
 
-    identity = {"format": "megatron lora", **tuned.identity}
-    return Plan(identity, files.output_files(), lambda directory: _verify(directory, tuned, widened), finish)
+    identity = {"format": "megatron lora", **opened.identity}
+    return Plan(identity, files.output_files(), lambda directory: _verify(directory, model, widened), finish)
 
 
 def _refuse(adapter: Adapter, known: set[str]) -> None:
@@ -132,31 +136,31 @@ def _widen(adapter: Adapter, modules: list[LinearModule]) -> _Widened:
     return _Widened(adapter, rank, scale(next(iter(adapter.settings.values()))), firsts)
 
 
-def _chunks(module: LinearModule, widened: _Widened, tuned: Tuned) -> Iterator[ChunkToWrite]:
+def _chunks(module: LinearModule, widened: _Widened, model: CausalLM) -> Iterator[ChunkToWrite]:
     """A and B of a module; of a layer of a stack, its entries."""
-    linear: Any = [tuned.model.get_submodule(name) for name in module.ours]
+    linear: Any = [model.get_submodule(name) for name in module.ours]
     width, experts = linear[0].in_features, linear[0].num_experts if module.op is by_expert else None
     lead = () if experts is None else (experts,)
-    yield from _tensor(module, A_OF, (*lead, widened.rank, width), widened, tuned, partial(widened.A, module, width))
+    yield from _tensor(module, A_OF, (*lead, widened.rank, width), widened, model, partial(widened.A, module, width))
     rows = {f"{name}.weight": one.out_features for name, one in zip(module.ours, linear, strict=True)}
     if experts is not None:
         ((name, out),) = rows.items()
         runs = (Rows(name, 0, out),)
-        yield from _tensor(module, B_OF, (experts, out, widened.rank), widened, tuned, partial(widened.B, module, runs))
+        yield from _tensor(module, B_OF, (experts, out, widened.rank), widened, model, partial(widened.B, module, runs))
         return
-    for home in module.op(B_OF, f"{module.template}.weight", tuned.model.config):
+    for home in module.op(B_OF, f"{module.template}.weight", model.config):
         each: Fitted = fit(home, lambda name: (rows[name], widened.rank))
         (runs,) = each.home.entries
-        yield from _tensor(module, home.name, each.shape, widened, tuned, partial(widened.B, module, runs))
+        yield from _tensor(module, home.name, each.shape, widened, model, partial(widened.B, module, runs))
 
 
 def _tensor(
-    module: LinearModule, name: str, shape: tuple[int, ...], widened: _Widened, tuned: Tuned, make: Callable[[int, int], Tensor]
+    module: LinearModule, name: str, shape: tuple[int, ...], widened: _Widened, model: CausalLM, make: Callable[[int, int], Tensor]
 ) -> Iterator[ChunkToWrite]:
     """The tensor of one layer: entries of a stack where the layers are one; `make` makes some rows of it."""
     whole = f"{module.stacked_name}{ADAPTER}{name}"
     lead = () if module.layer is None else (module.layer,)
-    full = shape if module.layer is None else (tuned.model.config.num_layers, *shape)
+    full = shape if module.layer is None else (model.config.num_layers, *shape)
     for start, stop in slabs(shape[0], shape[1:]):
         sizes = (*(1 for _ in lead), stop - start, *shape[1:])
         offsets = (*lead, start, *(0 for _ in shape[1:]))
@@ -179,15 +183,15 @@ def _settings(widened: _Widened, targets: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _verify(directory: Path, tuned: Tuned, widened: _Widened) -> Compared:
+def _verify(directory: Path, model: CausalLM, widened: _Widened) -> int:
     """Every pair read back, against the adapter's own where it adds something; modules that were added add nothing."""
-    back, own = read_lora(directory, tuned.model), widened.adapter
+    back, own = read_lora(directory, model), widened.adapter
     wrong = [name for name in back.pairs if not _is_as_written(name, back, widened)] + sorted(own.pairs.keys() - back.pairs.keys())
     if wrong:
         raise CheckpointError(
             f"{directory}: {len(wrong)} of {len(own.pairs)} modules read back are not the adapter's, first {wrong[0]}; nothing was kept. Convert again"
         )
-    return Compared(len(own.pairs), len(own.pairs))
+    return 2 * len(own.pairs)
 
 
 def _is_as_written(name: str, back: Adapter, widened: _Widened) -> bool:

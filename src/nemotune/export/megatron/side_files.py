@@ -10,9 +10,8 @@ import torch
 import yaml
 
 from nemotune.export.megatron.checkpoint import LATEST, RUN_CONFIG, TOKENIZER
-from nemotune.export.megatron.homes import mtp_depth
+from nemotune.export.megatron.homes import Config
 from nemotune.export.megatron.run_config import run_config
-from nemotune.export.tuned import Tuned
 from nemotune.models.saving import copy_side_files
 
 COMMON = {  # 0.3 needs it, newer ones still read it
@@ -23,18 +22,23 @@ FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common
 COUNTERS = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 
 
-def write_side_files(target: Path, iteration: str, tuned: Tuned, *, more: dict[str, Any] | None = None) -> None:
-    """Write them into `target`; `more` replaces sections of run_config.yaml. `tokenizer/` gets config.json too, so that the way back needs no base."""
+def write_side_files(
+    target: Path, iteration: str, *, config: Config, beside: Path, mtp_depth: int = 0, more: dict[str, Any] | None = None
+) -> None:
+    """Write them into `target`. `beside`: the Hugging Face directory of the model; `more`: sections of run_config.yaml of its own.
+
+    `tokenizer/` gets config.json too, so that the way back needs no base.
+    """
     directory = target / iteration
-    config = run_config(tuned.model.config, tokenizer=str(tuned.directory), mtp_depth=mtp_depth(tuned.infos, tuned.model.config))
-    (directory / RUN_CONFIG).write_text(yaml.safe_dump({**config, **(more or {})}), encoding="utf-8")
+    told = run_config(config, tokenizer=str(beside.resolve()), mtp_depth=mtp_depth)
+    (directory / RUN_CONFIG).write_text(yaml.safe_dump({**told, **(more or {})}), encoding="utf-8")
     (directory / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
     torch.save(COMMON, directory / "common.pt")
     torch.save(_train_state(), directory / "train_state.pt")
     torch.save(_train_state(), target / "latest_train_state.pt")
     (target / LATEST).write_text(str(int(iteration.removeprefix("iter_"))), encoding="utf-8")
     (directory / TOKENIZER).mkdir(exist_ok=True)
-    copy_side_files(tuned.directory, directory / TOKENIZER)
+    copy_side_files(beside, directory / TOKENIZER)
 
 
 def _train_state() -> dict[str, torch.Tensor]:

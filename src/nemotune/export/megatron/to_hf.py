@@ -195,12 +195,12 @@ class Exported:
 
 def open_export(checkpoint: MegatronCheckpoint, base_dir: Path | None = None) -> Exported:
     """The checkpoint as the model of `base_dir`, or of the config.json that its run knows. Raises CheckpointError, MissingFileError."""
-    beside = base_dir or _beside(checkpoint)
+    beside = base_dir or hf_side(checkpoint)
     has_weights = base_dir is not None and any(base_dir.glob("*.safetensors"))
     return Exported(checkpoint, beside, Checkpoint(beside) if has_weights else None)
 
 
-def _beside(checkpoint: MegatronCheckpoint) -> Path:
+def hf_side(checkpoint: MegatronCheckpoint) -> Path:
     known = checkpoint.model.get("hf_model_id")
     candidates = [checkpoint.directory / TOKENIZER, *([Path(known)] if isinstance(known, str) and known else [])]
     for directory in candidates:

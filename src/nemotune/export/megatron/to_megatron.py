@@ -43,7 +43,8 @@ def plan_import(tuned: Tuned, *, verify_all: bool = False) -> Plan[Compared]:
 
     def finish(directory: Path, ends: Ends) -> None:
         files.write_metadata(directory, ends)
-        write_side_files(directory, ITERATION, tuned)
+        depth = mtp_depth(map(partial(canonical, model=tuned.model), tuned.infos), tuned.model.config)
+        write_side_files(directory, ITERATION, config=tuned.model.config, beside=tuned.directory, mtp_depth=depth)
 
     identity = {"format": "megatron", **tuned.identity}
     return Plan(identity, files.output_files(), lambda directory: _verify(directory, tuned, fitted, all_=verify_all), finish)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from nemotune.errors import CheckpointError, ConflictError, UnsupportedError
-from nemotune.export.adapters.megatron_files import plan_for_megatron
 from nemotune.export.adapters.opened import open_adapter
 from nemotune.export.adapters.peft_files import plan_for_peft, plan_for_vllm, vllm_max_rank
 from nemotune.export.adapters.same_scale import same_scale
+from nemotune.export.megatron.lora_files import plan_lora
 from nemotune.export.stream import write
 from nemotune.lora import apply_lora, lora_modules, save_adapter
 from nemotune.lora.adapter import CONFIG, WEIGHTS
@@ -216,7 +216,7 @@ def test_an_adapter_that_is_there_stays(place, hybrid_dir, tmp_path):
 def test_an_adapter_comes_back_from_megatron_s_form_to_the_bit(place, hybrid_dir, targets, rank, alpha):
     """By values, ranks and scales: q, k and v, which Megatron fuses, take a pattern to say them."""
     ours = open_adapter(place(Lora(rank=rank, alpha=alpha, targets=tuple(targets))), hybrid_dir)
-    back = open_adapter(through(ours.directory, hybrid_dir, plan_for_megatron, plan_for_peft), hybrid_dir).adapter
+    back = open_adapter(through(ours.directory, hybrid_dir, plan_lora, plan_for_peft), hybrid_dir).adapter
     assert back.settings.keys() == ours.adapter.settings.keys()
     for name, its in ours.adapter.settings.items():
         assert (back.settings[name].rank, scale(back.settings[name])) == (its.rank, scale(its))
@@ -225,7 +225,7 @@ def test_an_adapter_comes_back_from_megatron_s_form_to_the_bit(place, hybrid_dir
 
 
 def test_megatron_s_own_tokenizer_goes_with_the_adapter(place, hybrid_dir, tmp_path):
-    written = through(place(Lora(rank=2, targets=("q_proj",))), hybrid_dir, plan_for_megatron)
+    written = through(place(Lora(rank=2, targets=("q_proj",))), hybrid_dir, plan_lora)
     (iteration,) = written.glob("iter_*")
     (iteration / "tokenizer" / "chat_template.jinja").write_text("as trained")
     back = through(written, hybrid_dir, plan_for_peft)

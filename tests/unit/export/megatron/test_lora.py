@@ -11,10 +11,11 @@ import yaml
 from random_models import make
 
 from nemotune.errors import CheckpointError, UnsupportedError
+from nemotune.export.adapters.opened import open_adapter
 from nemotune.export.megatron.checkpoint import open_megatron
 from nemotune.export.megatron.lora import read_lora
 from nemotune.export.megatron.lora_files import plan_lora
-from nemotune.export.stream import write
+from nemotune.export.stream import Plan, write
 from nemotune.export.tuned import Tuned, open_tuned
 from nemotune.lora import apply_lora, lora_modules, save_adapter
 from nemotune.models import build_model, load_model, read_config
@@ -39,6 +40,11 @@ def trained(path: Path, variant: str, lora: Lora) -> Tuned:
     return open_tuned(path / "base", path / "adapter")
 
 
+def planned(path: Path) -> Plan[int]:
+    """What is written for that adapter."""
+    return plan_lora(open_adapter(path / "adapter", path / "base"))
+
+
 @pytest.mark.parametrize(
     ("variant", "lora"),
     [
@@ -50,7 +56,7 @@ def trained(path: Path, variant: str, lora: Lora) -> Tuned:
 )
 def test_an_adapter_there_and_back_is_the_same_bit_for_bit_and_merges_to_the_same_bytes(tmp_path, variant, lora):
     tuned = trained(tmp_path, variant, lora)
-    assert write(plan_lora(tuned), tmp_path / "megatron").tensors == len(tuned.adapter.pairs)
+    assert write(planned(tmp_path), tmp_path / "megatron") == 2 * len(tuned.adapter.pairs)
     back = open_tuned(tmp_path / "base", tmp_path / "megatron", read=read_lora)
     more = back.adapter.pairs.keys() - tuned.adapter.pairs.keys()  # k_proj beside q_proj and v_proj, which share the fused A
     assert back.adapter.pairs.keys() >= tuned.adapter.pairs.keys() and not any(back.adapter.pairs[name][1].any() for name in more)
@@ -64,7 +70,7 @@ def test_an_adapter_there_and_back_is_the_same_bit_for_bit_and_merges_to_the_sam
 def test_three_projections_stand_one_below_the_other_and_add_what_each_of_them_did(tmp_path):
     """As Megatron-Bridge computes it: alpha / dim times B A, of the fused weight."""
     tuned = trained(tmp_path, "hybrid", PLAIN)
-    write(plan_lora(tuned), tmp_path / "megatron")
+    write(planned(tmp_path), tmp_path / "megatron")
     checkpoint = open_megatron(tmp_path / "megatron")
     peft = checkpoint.run_config["peft"]
     assert (peft["dim"], peft["alpha"], peft["share_expert_adapters"]) == (6, 18, False)
@@ -154,10 +160,11 @@ def test_what_has_no_place_or_does_not_fit_is_named(hybrid, tmp_path, tensors, p
 
 
 def test_what_megatron_bridge_has_no_place_for_is_refused_by_name(tmp_path):
-    odd = Lora(rank=2, alpha=4, targets=("attention",), alpha_pattern={"o_proj": 3})
-    with pytest.raises(UnsupportedError, match=r"backbone\.layers\.2\.mixer\.o_proj: is scaled by 1\.5, others by 2"):
-        plan_lora(trained(tmp_path / "odd", "hybrid", odd))
-    with pytest.raises(UnsupportedError, match=r"lora\.dora: Megatron's checkpoints of DoRA are not written"):
-        plan_lora(trained(tmp_path / "dora", "hybrid", Lora(rank=2, targets=("attention",), dora=True)))
-    with pytest.raises(UnsupportedError, match="lm_head: Megatron-Bridge's LoRA has no place for its adapter"):
-        plan_lora(trained(tmp_path / "head", "hybrid", Lora(rank=2, targets=("attention", "lm_head"))))
+    for lora, error in (
+        (Lora(rank=2, alpha=4, targets=("attention",), alpha_pattern={"o_proj": 3}), r"layers\.2\.mixer\.o_proj: is scaled by 1\.5, others by 2"),
+        (Lora(rank=2, targets=("attention",), dora=True), r"lora\.dora: Megatron's checkpoints of DoRA are not written"),
+        (Lora(rank=2, targets=("attention", "lm_head")), "lm_head: Megatron-Bridge's LoRA has no place for its adapter"),
+    ):  # fmt: skip
+        trained(tmp_path / error[:9], "hybrid", lora)
+        with pytest.raises(UnsupportedError, match=error):
+            planned(tmp_path / error[:9])

@@ -1,0 +1,122 @@
+"""The verbs `convert import`, `convert export` and `convert inspect`: models between Hugging Face and Megatron. The work is in `nemotune.export.megatron`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from shlex import quote
+
+from rich.console import Console
+
+from nemotune.data.progress import progress
+from nemotune.errors import ConflictError, MissingFileError
+from nemotune.export.megatron.checkpoint import MegatronCheckpoint, is_megatron, open_megatron
+from nemotune.export.megatron.fitting import Compared
+from nemotune.export.megatron.inspect import inspect as inspect_files
+from nemotune.export.megatron.lora import read_lora
+from nemotune.export.megatron.to_hf import open_export
+from nemotune.export.megatron.to_megatron import plan_import
+from nemotune.export.merge import plan_merge
+from nemotune.export.stream import Plan, write
+from nemotune.export.tuned import open_tuned
+from nemotune.models import locate
+from nemotune.workflow.messages import say, wrote
+
+
+def from_hf(hf: str, megatron: Path, *, verify: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
+    """Write a Hugging Face model as a checkpoint of Megatron-Bridge."""
+    _refuse_target(megatron, "--megatron", kept=is_megatron, what="checkpoint of Megatron-Bridge")
+    source = locate(hf, weights=not dry_run)
+    _refuse_source(source, megatron, "--megatron")
+    if dry_run and not any(source.glob("*.safetensors")):
+        say(console, f"would download the weights of {hf} and write {megatron}")
+        return
+    plan = plan_import(open_tuned(source), verify_all=verify)
+    if _carried_out(plan, megatron, what="importing", verify=verify, overwrite=overwrite, dry_run=dry_run, console=console):
+        wrote(console, megatron, then=f"nemotune convert inspect {quote(str(megatron))}")
+
+
+def to_hf(megatron: Path, hf: Path, *, base: str | None, verify: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
+    """Write a checkpoint of Megatron-Bridge as a Hugging Face model: its weights, or its LoRA merged into the base."""
+    _refuse_target(hf, "--hf", kept=lambda path: (path / "config.json").is_file(), what="model (no config.json)")
+    checkpoint = open_megatron(megatron)
+    base_dir = locate(base) if base else None
+    for source in (checkpoint.directory, *([base_dir] if base_dir else [])):
+        _refuse_source(source, hf, "--hf")
+    if checkpoint.is_lora:
+        _merge(checkpoint, hf, base_dir, overwrite=overwrite, dry_run=dry_run, console=console)
+    else:
+        export = open_export(checkpoint, base_dir)
+        plan = export.plan(verify_all=verify)
+        if not _carried_out(plan, hf, what="exporting", verify=verify, overwrite=overwrite, dry_run=dry_run, console=console):
+            return
+        for note in export.notes:
+            say(console, note)
+    if not dry_run:
+        wrote(console, hf, then=f"vllm serve {quote(str(hf))}")
+
+
+def inspect(path: Path, *, hf: str | None, console: Console) -> None:
+    """Say what a checkpoint of Megatron-Bridge holds and lacks."""
+    found = inspect_files(path, locate(hf, weights=False) if hf else None)
+    provider = str(found.checkpoint.model.get("_target_", "")).rpartition(".")[2]
+    say(console, f"{found.checkpoint.directory}: iteration {found.checkpoint.iteration}{f', {provider}' * bool(provider)}")
+    cells = [
+        (row.name, f"{row.count} x", " x ".join(map(str, row.shape)), row.dtype, f"{row.num_bytes / 1e6:,.2f} MB") for row in found.rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        say(console, "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    say(
+        console,
+        f"{len(found.checkpoint.weights)} tensors, {found.num_bytes / 1e9:.2f} GB; {len(found.checkpoint.stored.objects)} other entries",
+    )
+    if found.model:
+        say(console, f"compared with {found.model}")
+    for fact in found.facts:
+        say(console, fact)
+    for problem in found.problems:
+        console.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _merge(checkpoint: MegatronCheckpoint, hf: Path, base_dir: Path | None, *, overwrite: bool, dry_run: bool, console: Console) -> None:
+    if base_dir is None:
+        raise MissingFileError(
+            f"{checkpoint.directory}: is a LoRA checkpoint, without a model; name the one that it was trained on with --base"
+        )
+    tuned = open_tuned(base_dir, checkpoint.directory, read=read_lora)
+    plan = plan_merge(tuned)
+    size = f"{plan.num_bytes / 1e9:.2f} GB, {len(tuned.updates)} of {len(tuned.infos)} tensors updated"
+    if dry_run:
+        say(console, f"would write {hf}: {size}")
+        return
+    with progress("merging", total=plan.num_bytes, in_bytes=True) as advance:
+        verified = write(plan, hf, overwrite=overwrite, done=advance)
+    say(console, f"merged: {size}")
+    say(console, f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")
+
+
+def _carried_out(plan: Plan[Compared], target: Path, *, what: str, verify: bool, overwrite: bool, dry_run: bool, console: Console) -> bool:
+    """Whether it was: a dry run only says what would be."""
+    size = f"{plan.num_bytes / 1e9:.2f} GB in {len(plan.files)} file{'s' * (len(plan.files) > 1)}"
+    if dry_run:
+        say(console, f"would write {target}: {size}")
+        return False
+    with progress(what, total=plan.num_bytes, in_bytes=True) as advance:
+        compared = write(plan, target, overwrite=overwrite, done=advance)
+    say(console, f"written: {size}")
+    every = f"all {compared.of} tensors" if compared.tensors == compared.of else f"{compared.tensors} of {compared.of} tensors"
+    more = "" if verify or compared.tensors == compared.of else "; --verify compares all"
+    say(console, f"read back and mapped the other way: {every} are the source's, bit for bit{more}")
+    return True
+
+
+def _refuse_target(target: Path, option: str, *, kept: Callable[[Path], bool], what: str) -> None:
+    """A model takes the place of a model of its kind, never of anything else, whatever the options."""
+    if target.is_dir() and any(target.iterdir()) and not kept(target):
+        raise ConflictError(f"{option}: {target} holds no {what}, so --overwrite does not replace it; name another directory")
+
+
+def _refuse_source(source: Path, target: Path, option: str) -> None:
+    if source.resolve().is_relative_to(target.resolve()):
+        raise ConflictError(f"{option}: {target} holds what is read, which --overwrite does not replace; name another directory")
