@@ -1,25 +1,24 @@
 """Whether llama.cpp computes from a GGUF file what the model computes: tokens, ends of an answer, logits.
 
-What is compared: the tokens of some texts, which tokens end an answer, and the logits of every position of three short prompts. Ours are of
-base + adapter in fp32, so they need room for the whole model; where there is none, llama.cpp's have to be numbers, and the report says that
-no more is known. Names, shapes and types are checked without llama.cpp in `structure.py`; how the file is run is in `llama_cpp.py`.
+What is compared: the tokens of some texts, which tokens end an answer, and the logits of every position of some short prompts. Ours are those
+of base + adapter (`reference.py`); where there is no room for a block of it, llama.cpp's have to be numbers, and the report says that no
+more is known. Names, shapes and types are checked without llama.cpp in `structure.py`; how the file is run is in `llama_cpp.py`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from nemotune.errors import CheckpointError
 from nemotune.export.gguf import llama_cpp
+from nemotune.export.gguf.reference import reference_bytes, reference_logits
 from nemotune.export.tuned import Tuned
-from nemotune.models import load_model, load_tokenizer
+from nemotune.models import load_tokenizer
 from nemotune.weights.host_memory import free_host_memory
 
 F32_BOUND = 1e-3  # of the logits' spread; measured 4e-7 on small models, whose sums are short
@@ -76,11 +75,10 @@ def check(path: Path, tuned: Tuned, kind: str) -> Checked:
         raise CheckpointError(
             f"{path.name}: llama.cpp's logits are {theirs.shape[1]} a token, expected {vocab_size} finite numbers; export it again"
         )
-    needed = 4 * sum(math.prod(info.shape) for info in tuned.infos.values())
-    if 2 * needed > (free := free_host_memory()):
-        room = f"the model takes {needed / 1e9:.1f} GB in fp32, of {free / 1e9:.1f} GB free half are used for it"
+    if 2 * (needed := reference_bytes(tuned)) > (free := free_host_memory()):
+        room = f"the largest part of the model takes {needed / 1e9:.1f} GB in fp32, of {free / 1e9:.1f} GB free half are used for it"
         return Checked(kind, len(theirs), not_checked=f"llama.cpp loads it and its logits are finite; not compared with the model: {room}")
-    return _judged(path, compare(kind, _logits(tuned, prompts), theirs), num_blocks=len(tuned.model.blocks))
+    return _judged(path, compare(kind, reference_logits(tuned, prompts).numpy(), theirs), num_blocks=len(tuned.model.blocks))
 
 
 def compare(kind: str, ours: np.ndarray, theirs: np.ndarray) -> Checked:
@@ -140,21 +138,6 @@ def _ends_of_generation(directory: Path) -> Sequence[int]:
     path = directory / "generation_config.json"
     found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     return [] if found is None else found if isinstance(found, list) else [found]
-
-
-def _logits(tuned: Tuned, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-    """[T, V] of the merged model, in fp32."""
-    model = load_model(tuned.directory, dtype="float32")
-    parameters = dict(model.named_parameters())
-    with torch.inference_mode():
-        for name, (module, index) in tuned.updates.items():
-            weight = parameters[f"{module}.weight"]
-            (weight if index is None else weight[index]).copy_(tuned.read(name))
-        found = []
-        for prompt in prompts:
-            borders = torch.tensor([0, len(prompt)], dtype=torch.int32)
-            found.append(model.logits(model(torch.tensor(prompt), borders)).numpy())
-    return np.concatenate(found)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The one module that knows xllamacpp (extra `llama-cpp`), by the C functions of llama.h that its library exports. They run in a process of
 their own (`python -m nemotune.export.gguf.llama_cpp`): a file that aborts the native code is an error here, with its last words. Numbers are
-computed as near to ours as llama.cpp can: one thread, attention without flash and with an fp32 cache, weights as they lie in the file.
+computed as near to ours as llama.cpp can: attention without flash and with an fp32 cache, weights as they lie in the file. Threads change none.
 Whether they are right is judged in `check.py`.
 """
 
@@ -31,6 +31,7 @@ F32 = 0  # ggml_type
 CONTEXT = (512, 2048, 512, 1, 0, 0, 1, 4, 4, 0, -1, -1, -1, -1)
 N_CTX, N_BATCH, N_UBATCH, N_THREADS, N_THREADS_BATCH, FLASH_ATTN, TYPE_K, TYPE_V = 0, 1, 2, 7, 8, 13, 26, 27
 MODEL = (-1, 1, -1, 1, 0)  # llama_model_params from word 4: n_gpu_layers, split_mode, load_mode, lazy_mode, main_gpu
+BYTES_PER_THREAD = 2**28  # threads wait for one another by spinning: for a small file on a busy machine one is faster
 N_GPU_LAYERS, USE_EXTRA_BUFTS = 4, 18 * 4 + 2  # the latter a byte: repacked weights, whose products round in another order
 
 
@@ -134,6 +135,7 @@ class _Model:
 
     def __init__(self, path: str, *, vocabulary_only: bool) -> None:
         self.library = library = _library()
+        self.threads = max(1, min(os.cpu_count() or 1, Path(path).stat().st_size // BYTES_PER_THREAD))
         library.llama_backend_init()
         params = library.llama_model_default_params()
         _require_layout("llama_model_params", tuple(params.words[4:9]), MODEL)
@@ -164,7 +166,7 @@ class _Model:
         _require_layout("llama_context_params", (params.words[TYPE_K], params.words[TYPE_V]), (1, 1))
         for word, value in (
             *((word, num_positions) for word in (N_CTX, N_BATCH, N_UBATCH)),
-            *((word, 1) for word in (N_THREADS, N_THREADS_BATCH)),
+            *((word, self.threads) for word in (N_THREADS, N_THREADS_BATCH)),
             *((word, F32) for word in (TYPE_K, TYPE_V)),
             (FLASH_ATTN, 0),
         ):
@@ -239,6 +241,7 @@ def _serve(path: str, conversations: Sequence[dict[str, Any]]) -> list[dict[str,
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.use_jinja = path, 4096, 1, True
     params.n_gpu_layers, params.no_extra_bufts, params.warmup = 0, True, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     return [server.handle_chat_completions({"temperature": 0.0, **conversation}) for conversation in conversations]
 

@@ -72,7 +72,7 @@ def architecture(config: NemotronHConfig | LlamaConfig) -> str:
 
 def gguf_tensors(tuned: Tuned) -> list[GGUFTensor]:
     """The tensors in the order of llama-quantize: by block, then by name. Raises UnsupportedError naming those that llama.cpp could not use."""
-    config, parameters, on_disk = tuned.model.config, tensors_of(tuned.model), _names_on_disk(tuned)
+    config, parameters, on_disk = tuned.model.config, tensors_of(tuned.model), names_on_disk(tuned)
     made, unknown = _rope_factors(config), []
     mixed = isinstance(config, NemotronHConfig) and config.expert_layers
     for parameter, values in parameters.items():
@@ -104,7 +104,7 @@ def _zeros(channels: int) -> list[Callable[[], Tensor]]:
 
 def left_out(tuned: Tuned) -> list[str]:
     """What lies in the checkpoint and not in the file: multi-token prediction, and a head that is a copy."""
-    used = {name for names in _names_on_disk(tuned).values() for name in names}
+    used = {name for names in names_on_disk(tuned).values() for name in names}
     return sorted(name for name in tuned.infos if name not in used)
 
 
@@ -113,7 +113,7 @@ def _read_dense(tuned: Tuned, on_disk: Mapping[str, Sequence[str]], layer: int, 
     return tuned.read(name)
 
 
-def _names_on_disk(tuned: Tuned) -> dict[str, list[str]]:
+def names_on_disk(tuned: Tuned) -> dict[str, list[str]]:
     """Parameter -> the tensors on disk that it is made of, in order."""
     names: dict[str, list[str]] = {}
     for disk_name, (parameter, _) in disk_pieces(tuned.model):
