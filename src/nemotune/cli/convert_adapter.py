@@ -16,7 +16,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def adapter(
     source: Annotated[Path, typer.Option("--from", help="The adapter: PEFT's form, one tensor per expert, or Megatron-Bridge's.")],
-    base: Annotated[Path, typer.Option("--base", help="The model that it is for: config.json is enough.")],
+    base: Annotated[str, typer.Option("--base", help="The model that it is for, a directory or hub id: config.json is enough.")],
     reader: Annotated[str, typer.Option("--to", metavar="READER", help="peft, vllm, llama.cpp or megatron.")],
     output: Annotated[Path, typer.Option("--output", help="What to write.")],
     overwrite: Overwrite = False,

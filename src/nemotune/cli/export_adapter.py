@@ -20,7 +20,9 @@ def adapter(
     recipe: RecipeName = "quickstart",
     overrides: Overrides = None,
     run_dir: RunDir = None,
-    model: Annotated[Path | None, typer.Option("--model", help="The base, in place of a run's: config.json is enough.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base, in place of a run's, a directory or hub id: config.json is enough.")
+    ] = None,
     source: Annotated[Path | None, typer.Option("--adapter", help="The adapter, in place of a run's; any form that is read.")] = None,
     output: Annotated[Path | None, typer.Option("--output", help="What to write; export/adapter-READER in the run otherwise.")] = None,
     overwrite: Overwrite = False,

@@ -43,17 +43,17 @@ def export_of_run(
         raise MissingFileError(f"{adapter}: nothing trained yet; `nemotune train` comes first")
     if (run_dir / "recipe.json").is_file():
         require_same_model(recipe, run_dir)
-    base = locate(recipe.model.path, recipe.model.revision, weights=False)
+    base = str(locate(recipe.model.path, recipe.model.revision, weights=False))
     target = output or run_dir / "export" / ("adapter.gguf" if reader == "llama.cpp" else f"adapter-{reader}")
     export(adapter, base, reader=reader, output=target, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
-def export(adapter: Path, base: Path, *, reader: str, output: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
-    """Write the adapter of the directory `adapter`, whoever made it, as `reader` reads it; of the base only config.json is needed."""
+def export(adapter: Path, base: str, *, reader: str, output: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
+    """Write the adapter of the directory `adapter`, whoever made it, as `reader` reads it; `base` is a directory or hub id, of which config.json is enough."""
     if reader not in PLANS:
         raise RecipeError(f"--for: got {reader!r}.{did_you_mean(reader, PLANS)} Known: {', '.join(PLANS)}")
     _refuse_target(output, adapter)
-    opened = open_adapter(adapter, base)
+    opened = open_adapter(adapter, locate(base, weights=False))
     plan = PLANS[reader](opened)
     size = f"{plan.num_bytes / 1e9:.2f} GB, {len(opened.adapter.settings)} modules of {opened.base}"
     if dry_run:

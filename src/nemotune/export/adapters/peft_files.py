@@ -2,7 +2,7 @@
 
 Every tensor is read back and compared before the directory takes its name. What vLLM cannot read is refused before that: its loader takes rank and
 alpha from `r` and `lora_alpha` alone, knows neither DoRA nor a serving rank over 512, and wants all experts of a layer (vllm/lora/peft_helper.py,
-lora_weights.py and config/lora.py of 0.29 to 0.33).
+lora_weights.py, config/lora.py and models/nemotron_h.py as of November 2026).
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ from nemotune.models.base import CausalLM
 from nemotune.models.saving import copy_side_files
 from nemotune.weights import TensorInfo, WritePlan
 
+NOT_FOR_VLLM = {
+    "embeddings": "is adapted, which vLLM does not read for this family",
+    "head": "is adapted, which vLLM does not read for this family",
+    "latent": "is adapted, and vLLM hands it to its fused experts, past its adapter",
+}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 
 
@@ -40,8 +45,8 @@ def plan_for_peft(opened: Opened) -> Plan[int]:
 def plan_for_vllm(opened: Opened) -> Plan[int]:
     """What vLLM serves. Raises UnsupportedError for what it cannot."""
     adapter, kinds = same_scale(opened.adapter), adaptable_modules(opened.model)
-    refused = [name for name in adapter.settings if kinds[name] in ("embeddings", "head")]
-    problems = [f"lora.targets: {name} is adapted, which vLLM does not read for this family" for name in refused]
+    found = {kind: [name for name in adapter.settings if kinds[name] == kind] for kind in NOT_FOR_VLLM}
+    problems = [f"lora.targets: {names[0]} (one of {len(names)}) {NOT_FOR_VLLM[kind]}" for kind, names in found.items() if names]
     if adapter.magnitudes:
         problems.append(f"lora.dora: {len(adapter.magnitudes)} modules have DoRA's magnitudes, which vLLM does not read")
     if adapter.lora.rank > VLLM_RANKS[-1]:

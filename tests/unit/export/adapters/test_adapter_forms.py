@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import make
 from safetensors.torch import load_file, save_file
 
 from nemotune.errors import CheckpointError, ConflictError, UnsupportedError
@@ -69,7 +70,7 @@ def assert_same_file(one, other):
 BLOCKS = st.lists(st.sampled_from(ALL), min_size=1, max_size=5, unique=True)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     targets=BLOCKS, rank=st.integers(1, 5), alpha=st.sampled_from([1, 8, 3.5]), rslora=st.booleans(), dropout=st.sampled_from([0.0, 0.1])
 )
@@ -155,14 +156,26 @@ def test_vllm_s_form_has_the_checkpoint_s_names_and_two_dims(place, hybrid_dir):
     ("lora", "words"),
     [
         (Lora(rank=2, dora=True, targets=("attention", "mlp")), "lora.dora: 6 modules have DoRA's magnitudes, which vLLM does not read"),
-        (Lora(rank=2, targets=("embeddings", "q_proj")), "lora.targets: backbone.embeddings is adapted, which vLLM does not read"),
-        (Lora(rank=2, targets=("lm_head", "q_proj")), "lora.targets: lm_head is adapted, which vLLM does not read"),
+        (
+            Lora(rank=2, targets=("embeddings", "q_proj")),
+            "lora.targets: backbone.embeddings .one of 1. is adapted, which vLLM does not read",
+        ),
+        (Lora(rank=2, targets=("lm_head", "q_proj")), "lora.targets: lm_head .one of 1. is adapted, which vLLM does not read"),
         (Lora(rank=513, targets=("q_proj",)), "lora.rank: got 513, and vLLM serves ranks up to 512"),
     ],
 )
 def test_what_vllm_cannot_read_is_refused(place, hybrid_dir, lora, words):
     with pytest.raises(UnsupportedError, match=f"{words}(.|\n)*[Mm]erge the adapter"):
         plan_for_vllm(open_adapter(place(lora), hybrid_dir))
+
+
+def test_latent_projections_are_refused_for_vllm(tmp_path):
+    make("latent").save_pretrained(tmp_path / "base")
+    model, lora = load_model(tmp_path / "base", dtype="float32"), Lora(rank=2, targets=("latent", "q_proj"))
+    apply_lora(model, lora)
+    save_adapter(model, tmp_path / "adapter", lora, base="base")
+    with pytest.raises(UnsupportedError, match=r"lora.targets: backbone.layers.1.mixer.fc1_latent_proj \(one of 4\) .*past its adapter"):
+        plan_for_vllm(open_adapter(tmp_path / "adapter", tmp_path / "base"))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +224,7 @@ def test_an_adapter_that_is_there_stays(place, hybrid_dir, tmp_path):
         write(plan, tmp_path / "out")
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(targets=BLOCKS, rank=st.integers(1, 4), alpha=st.sampled_from([1, 8, 3.5]))
 def test_an_adapter_comes_back_from_megatron_s_form_to_the_bit(place, hybrid_dir, targets, rank, alpha):
     """By values, ranks and scales: q, k and v, which Megatron fuses, take a pattern to say them."""
