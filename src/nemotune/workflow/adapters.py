@@ -14,7 +14,7 @@ from nemotune.export.adapters.gguf_file import plan_for_llama_cpp
 from nemotune.export.adapters.opened import Opened, open_adapter
 from nemotune.export.adapters.peft_files import plan_for_peft, plan_for_vllm, vllm_max_rank
 from nemotune.export.adapters.same_scale import is_same_scale
-from nemotune.export.megatron.checkpoint import is_megatron
+from nemotune.export.megatron.checkpoint import is_megatron, open_megatron
 from nemotune.export.megatron.lora_files import plan_lora
 from nemotune.export.stream import Plan, write
 from nemotune.lora.adapter import CONFIG, OUT_PROJ_NOTE
@@ -52,8 +52,9 @@ def export(adapter: Path, base: str, *, reader: str, output: Path, overwrite: bo
     """Write the adapter of the directory `adapter`, whoever made it, as `reader` reads it; `base` is a directory or hub id, of which config.json is enough."""
     if reader not in PLANS:
         raise RecipeError(f"--for: got {reader!r}.{did_you_mean(reader, PLANS)} Known: {', '.join(PLANS)}")
-    _refuse_target(output, adapter)
-    opened = open_adapter(adapter, locate(base, weights=False))
+    base_dir = locate(base, weights=False)
+    _refuse_target(output, adapter=adapter, base=base_dir)
+    opened = open_adapter(adapter, base_dir)
     plan = PLANS[reader](opened)
     size = f"{plan.num_bytes / 1e9:.2f} GB, {len(opened.adapter.settings)} modules of {opened.base}"
     if dry_run:
@@ -89,13 +90,18 @@ def _next(opened: Opened, reader: str, output: Path) -> str | None:
     return f"PeftModel.from_pretrained(base, {str(output)!r})"
 
 
-def _refuse_target(target: Path, adapter: Path) -> None:
-    """An adapter takes the place of an adapter, never of anything else, nor of the one that is read."""
-    if adapter.resolve().is_relative_to(target.resolve()):
-        raise ConflictError(f"--output: {target} holds the adapter that is read; name another directory")
-    if target.is_dir() and any(target.iterdir()) and not ((target / CONFIG).is_file() or is_megatron(target)):
+def _refuse_target(target: Path, **read: Path) -> None:
+    """An adapter takes the place of an adapter, never of anything else, nor of what is read."""
+    for what, path in read.items():
+        if path.resolve().is_relative_to(target.resolve()):
+            raise ConflictError(f"--output: {target} holds the {what} that is read; name another directory")
+    if target.is_dir() and any(target.iterdir()) and not _is_adapter(target):
         raise ConflictError(
             f"--output: {target} holds no adapter (no {CONFIG}), so --overwrite does not replace it; name another directory"
         )
     if target.is_file() and target.suffix != ".gguf":
         raise ConflictError(f"--output: {target} is no GGUF file by its name, so --overwrite does not replace it; name another file")
+
+
+def _is_adapter(directory: Path) -> bool:
+    return (directory / CONFIG).is_file() or (is_megatron(directory) and open_megatron(directory).is_lora)

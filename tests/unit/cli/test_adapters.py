@@ -100,6 +100,11 @@ def test_only_an_adapter_is_replaced_and_never_the_one_that_is_read(saved: Path,
         typed(*words, tmp_path / "notes")
     with pytest.raises(NemotuneError, match="holds the adapter that is read"):
         typed(*words, saved)
+    typed("convert", "import", "--hf", hybrid_dir, "--megatron", tmp_path / "base-checkpoint")
+    with pytest.raises(NemotuneError, match="base-checkpoint holds no adapter"):
+        typed(*words, tmp_path / "base-checkpoint")
+    with pytest.raises(NemotuneError, match="holds the base that is read"):
+        typed(*words, hybrid_dir)
     typed(*words, tmp_path / "out")
     typed(*words, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_parameters"] is None
