@@ -77,7 +77,6 @@ def show(figures: dict[str, Figures]) -> str:
 
 def _export(base: Path, adapter: Path, out: Path, kind: str) -> None:
     from nemotune.export.gguf.plan import plan_gguf
-
     from nemotune.export.stream import write
     from nemotune.export.tuned import open_tuned
 
