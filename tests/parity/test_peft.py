@@ -85,6 +85,7 @@ THEIRS = {
     "last_parts_of_names": ("hybrid", dict(target_modules=["q_proj", "up_proj", "in_proj"])),
     "last_parts_with_experts": ("hybrid", dict(target_modules=["q_proj"], target_parameters=["experts.up_proj", "experts.down_proj"])),
     "one_projection_of_experts": ("latent", dict(target_modules=["fc1_latent_proj"], target_parameters=["experts.up_proj"])),
+    "one_projection_of_latent_experts": ("latent", dict(target_modules=["q_proj"], target_parameters=["experts.down_proj"])),
     "pattern": ("hybrid", dict(target_modules=r".*\.(q|o|down)_proj", use_rslora=True)),
     "all_linear_but": ("llama", dict(target_modules="all-linear", exclude_modules=["layers.1.mlp.up_proj", "k_proj"])),
     "lm_head": ("llama", dict(target_modules=["lm_head", "v_proj"])),
@@ -231,7 +232,7 @@ def test_loraplus_groups_are_those_of_peft(tmp_path):
     assert groups(ours, model) == groups(theirs, peft) and len(groups(ours, model)) == 2
 
 
-@pytest.mark.parametrize("case", ["last_parts_with_experts", "one_projection_of_experts", "patterns"])
+@pytest.mark.parametrize("case", ["last_parts_with_experts", "one_projection_of_latent_experts", "patterns"])
 def test_an_adapter_that_peft_saved_gives_the_same_logits_after_vllm_s_form(case, tmp_path):
     """Its fused experts to one tensor each and back: PEFT's own values again, and the same logits here."""
     variant, settings = THEIRS[case]
