@@ -135,3 +135,17 @@ def test_finetune_is_refused_as_run_is() -> None:
     done = CliRunner().invoke(finetune.app, ["--merge", "--gguf", "q4_k_m"])
     assert isinstance(done.exception, NemotuneError)
     assert [line.split(":")[0] for line in str(done.exception).splitlines()] == ["export.gguf"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--adapter", "a", "--output", "o"), ("--model", "m", "--gguf", "g", "--output", "o"), ("--model", "m"), ("--gguf", "g")],
+)
+def test_export_ollama_takes_a_model_or_a_file_and_then_needs_a_place(words: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(app, ("export", "ollama", *words))
+    assert isinstance(done.exception, NemotuneError) and "--output" in str(done.exception)
+
+
+def test_export_ollama_of_a_run_that_trained_nothing_says_what_comes_first(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ("export", "ollama", "quickstart", "--run-dir", str(tmp_path / "run")))
+    assert isinstance(done.exception, NemotuneError) and "`nemotune train` comes first" in str(done.exception)

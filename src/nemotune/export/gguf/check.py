@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemotune.errors import CheckpointError
+from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.export.gguf import llama_cpp
 from nemotune.export.gguf.reference import reference_bytes, reference_logits
 from nemotune.export.tuned import Tuned
@@ -66,10 +66,11 @@ class Checked:
 
 def check(path: Path, tuned: Tuned, kind: str) -> Checked:
     """Have llama.cpp load the file of type `kind` and compare it with `tuned`. Raises CheckpointError where they are not the same model."""
-    if not llama_cpp.is_installed():
-        return Checked(kind, not_checked=f"not loaded by llama.cpp, and no logits compared: {llama_cpp.INSTALL} does both")
-    prompts = _check_tokens(path, tuned)
-    theirs = np.concatenate(llama_cpp.logits(path, prompts))
+    try:
+        prompts = _check_tokens(path, tuned)
+        theirs = np.concatenate(llama_cpp.logits(path, prompts))
+    except UnsupportedError as error:
+        return Checked(kind, not_checked=f"not loaded by llama.cpp, and no logits compared: {error}")
     vocab_size = tuned.model.config.vocab_size
     if theirs.shape[1] != vocab_size or not np.isfinite(theirs).all():
         raise CheckpointError(

@@ -7,7 +7,7 @@ import pytest
 
 from nemotune import assets
 from nemotune.errors import CheckpointError, UnsupportedError
-from nemotune.export.gguf import check, llama_cpp
+from nemotune.export.gguf import check, llama_cpp, llama_cpp_process
 from nemotune.export.tuned import open_tuned
 
 
@@ -63,15 +63,39 @@ def test_without_the_extra_the_report_says_what_is_not_known_and_how_to_learn_it
         llama_cpp.logits(tmp_path / "absent.gguf", [[1]])
 
 
-def test_a_native_crash_is_an_error_with_its_last_words(monkeypatch, tmp_path):
-    dying = tmp_path / "python"
-    dying.write_text("#!/bin/sh\necho loading >&2\necho 'ggml.c:12: GGML_ASSERT(buffer) failed' >&2\necho more >&2\nkill -6 $$\n")
-    dying.chmod(0o755)
-    monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
-    monkeypatch.setattr("sys.executable", str(dying))
+@pytest.fixture
+def dying(monkeypatch, tmp_path):
+    """Have llama.cpp's process end in the given way."""
+
+    def die(how: str) -> None:
+        script = tmp_path / "python"
+        script.write_text(f"#!/bin/sh\necho loading >&2\necho 'ggml.c:12: GGML_ASSERT(buffer) failed' >&2\necho more >&2\n{how}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
+        monkeypatch.setattr("sys.executable", str(script))
+
+    return die
+
+
+def test_a_native_crash_is_an_error_with_its_last_words(dying, tmp_path):
+    dying("kill -6 $$")
     with pytest.raises(CheckpointError, match=r"ended by signal 6") as caught:
         llama_cpp.logits(tmp_path / "some.gguf", [[1]])
     assert "GGML_ASSERT(buffer) failed" in str(caught.value) and "loading" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how, told", [("kill -9 $$", "memory is short"), (f"exit {llama_cpp.UNUSABLE}", "more")])
+def test_a_file_is_not_blamed_for_a_machine_that_cannot_run_it(how, told, dying, tmp_path):
+    """Nothing is known of it then, and the report says why; the file stays."""
+    dying(how)
+    found = check.check(tmp_path / "some.gguf", open_tuned(assets.resolve("nemotron-tiny")), "f16")
+    assert found.difference is None and "no logits compared" in str(found) and told in str(found)
+
+
+def test_another_layout_of_llama_cpps_structs_is_found_out(capsys):
+    with pytest.raises(SystemExit) as caught:
+        llama_cpp_process._require_layout("llama_context_params", (512, 2048), (512, 512))
+    assert caught.value.code == llama_cpp.UNUSABLE and "llama_context_params" in capsys.readouterr().err
 
 
 def test_what_llama_cpp_says_of_a_file_that_it_cannot_load_is_in_the_error(tmp_path):
