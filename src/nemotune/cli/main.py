@@ -21,12 +21,12 @@ from nemotune.workflow import processes
 __all__ = ["guarded", "main"]
 
 VERBS = (
-    "run", "data", "data index", "plan", "train", "launch", "eval", "merge", "export adapter", "export hub", "export ollama", "convert adapter",
-    "convert import", "convert export", "convert inspect", "report", "recipes", "doctor",
+    "run", "data", "data index", "plan", "train", "launch", "eval", "merge", "export gguf", "export adapter", "export hub",
+    "export ollama", "convert adapter", "convert import", "convert export", "convert inspect", "report", "recipes", "doctor",
 )  # fmt: skip
 MODULES = {  # where the verb's name is none for a module
-    "eval": "evaluate", "data index": "index", "export adapter": "export_adapter", "export hub": "export_hub", "export ollama": "export_ollama",
-    "convert adapter": "convert_adapter", "convert import": "convert_import", "convert export": "convert_export",
+    "eval": "evaluate", "data index": "index", "export gguf": "export_gguf", "export adapter": "export_adapter", "export hub": "export_hub",
+    "export ollama": "export_ollama", "convert adapter": "convert_adapter", "convert import": "convert_import", "convert export": "convert_export",
     "convert inspect": "convert_inspect",
 }  # fmt: skip
 

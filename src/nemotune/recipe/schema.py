@@ -30,7 +30,7 @@ Format = Literal["medmcqa", "fiqa", "glaive", "squad", "chat", "text", "megatron
 Method = Literal["lora", "full", "pretrain"]
 EngineName = Literal["native", "trl", "unsloth", "automodel", "megatron"]
 Task = Literal["multiple_choice", "tool_calls", "span_qa", "perplexity", "semantic_similarity"]
-GgufType = Literal["f16", "q8_0", "q5_k_m", "q4_k_m"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_k_m", "q4_k_m"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 

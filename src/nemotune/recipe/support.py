@@ -45,7 +45,6 @@ LIMITS = (
     Limit("evaluate.tasks", "semantic_similarity", "evaluate.tasks=[perplexity]", _EVALUATE, lambda v: "semantic_similarity" in v),
     Limit("evaluate.backend", "nemo_evaluator", "evaluate.backend=native", _EVALUATE, lambda v: v != "native"),
     Limit("export.adapter", "a run that leaves no adapter", "export.adapter=true", _TRAIN, lambda v: not v),
-    Limit("export.gguf", "f16, q8_0, q5_k_m, q4_k_m", "export.gguf=[] and export.merged=true, which other converters read", ("run",), bool),
     Limit("logging.trackers", "wandb, mlflow", "logging.trackers=[tensorboard]", _TRAIN, lambda v: not {"wandb", "mlflow"}.isdisjoint(v)),
 )
 

@@ -1,4 +1,4 @@
-"""`run`, which does the stages in order: data, plan, train, eval, merge, report; and each stage by the name that a verb calls it by.
+"""`run`, which does the stages in order: data, plan, train, eval, merge, gguf, report; and each stage by the name that a verb calls it by.
 
 Stages meet through files in the run directory, so each runs alone and any one can be done again.
 """
@@ -17,6 +17,7 @@ from nemotune.evaluate import check_recipe, check_rows
 from nemotune.models import load_tokenizer
 from nemotune.recipe import Recipe
 from nemotune.train import Deadline
+from nemotune.workflow.exporting import gguf
 from nemotune.workflow.merging import merge
 from nemotune.workflow.messages import say, wrote
 from nemotune.workflow.preparing import data, prepare_rows
@@ -26,7 +27,7 @@ from nemotune.workflow.scoring import evaluate, score
 from nemotune.workflow.stopping import Stoppable
 from nemotune.workflow.training import plan, require_fit, train_prepared
 
-__all__ = ["data", "evaluate", "merge", "plan", "report", "run", "score", "train"]
+__all__ = ["data", "evaluate", "gguf", "merge", "plan", "report", "run", "score", "train"]
 
 
 def run(
@@ -39,7 +40,7 @@ def run(
     if dry_run:
         require_sources(recipe)
         plan(recipe, console=console)
-        later = ["eval"] * bool(recipe.evaluate.tasks) + ["export"] * merged + ["report.html"]
+        later = ["eval"] * bool(recipe.evaluate.tasks) + ["export"] * (merged or bool(recipe.export.gguf)) + ["report.html"]
         say(console, f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {', '.join([native.trained_name(recipe), *later])}")
         return
     deadline = Stoppable.of_run(recipe, run_dir, started=started)
@@ -54,6 +55,8 @@ def run(
         evaluate(recipe, run_dir=run_dir, overwrite=True, dry_run=False, console=console, alone=False)
     if merged and _is_in_time(deadline, f"nemotune merge {quote(str(run_dir))}", console=console):
         merge(recipe, run_dir=run_dir, output=None, overwrite=True, dry_run=False, console=console, alone=False)
+    if recipe.export.gguf and _is_in_time(deadline, f"nemotune export gguf {quote(str(run_dir))}", console=console):
+        gguf(recipe, run_dir=run_dir, output=None, overwrite=True, dry_run=False, console=console, alone=False)
     report(run_dir, console=console)
 
 

@@ -89,7 +89,7 @@ def test_misspelt_verb_suggests_the_nearest(command: Command, typed: str, meant:
         (["data", "quickstart", "data.formt=chat"], ["data.formt: unknown key. Did you mean 'format'?"]),
         (["plan", "none.yaml"], ["recipe: no file 'none.yaml' here"]),
         (["train", "quickstart", "train.epochs=x", "lora.rnk=1"], ["lora.rnk: unknown key. Did you mean 'rank'?", "train.epochs: got 'x', expected"]),
-        (["run", "glaive-nano-4b", "export.gguf=[q4_k_m]"], ["export.gguf: not built yet: f16"]),
+        (["run", "glaive-nano-4b", "train.compile=true"], ["train.compile: not built yet: torch.compile"]),
         (["plan", "quickstart", "parallel.nproc=3", "parallel.data=2"], ["parallel: got pipeline=1 x data=2"]),
     ],
 )  # fmt: skip

@@ -132,9 +132,9 @@ def test_finetune_takes_model_data_and_output(asked: list[tuple[str, dict[str, A
 
 
 def test_finetune_is_refused_as_run_is() -> None:
-    done = CliRunner().invoke(finetune.app, ["--merge", "--gguf", "q4_k_m"])
+    done = CliRunner().invoke(finetune.app, ["--merge", "train.compile=true"])
     assert isinstance(done.exception, NemotuneError)
-    assert [line.split(":")[0] for line in str(done.exception).splitlines()] == ["export.gguf"]
+    assert [line.split(":")[0] for line in str(done.exception).splitlines()] == ["train.compile"]
 
 
 @pytest.mark.parametrize(

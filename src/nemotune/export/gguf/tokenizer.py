@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.files import read_json
 from nemotune.models import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # llama.cpp's name -> the expression that splits a text, as tokenizer.json has it
 SPLITS = {
@@ -35,13 +38,14 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, vocab_size: int, *, templ
     tokenizer_json = read_json(directory / "tokenizer.json", remedy="only tokenizers in that form can be exported")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_split_name(tokenizer_json, directory))
-    tokens, types = _vocabulary(directory, vocab_size)
+    tokenizer = load_tokenizer(directory)
+    tokens, types = _vocabulary(tokenizer, directory, vocab_size)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(directory, load_merges=True, n_vocab=vocab_size)
     special.chat_template = template or special.chat_template
     special.special_token_ids |= _ends(tokens, special.special_token_ids.get("eos"), stops)
-    special.add_special_token = {"bos": False, "eos": False} | special.add_special_token
+    special.add_special_token |= _added_around(tokenizer)  # llama.cpp's own default is to begin with <s>
     special.add_to_gguf(writer, quiet=True)
 
 
@@ -69,9 +73,14 @@ def _split_name(tokenizer_json: dict[str, Any], directory: Path) -> str:
     return known[expressions[0]]
 
 
-def _vocabulary(directory: Path, vocab_size: int) -> tuple[list[str], list[TokenType]]:
+def _added_around(tokenizer: PreTrainedTokenizerFast) -> dict[str, bool]:
+    """Whether the tokenizer puts a token before a text, and one after it."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    return {"bos": whole[:1] != plain[:1], "eos": whole[-1:] != plain[-1:]}
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerFast, directory: Path, vocab_size: int) -> tuple[list[str], list[TokenType]]:
     """A token and its type for every row of the embeddings; rows without a token are filled up."""
-    tokenizer = load_tokenizer(directory)
     texts = {index: text for text, index in tokenizer.get_vocab().items()}
     if max(texts) >= vocab_size:
         raise CheckpointError(

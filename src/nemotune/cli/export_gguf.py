@@ -1,0 +1,50 @@
+"""`nemotune export gguf`: the tuned model as files for llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemotune.cli.options import DryRun, Overrides, Overwrite, RecipeName, RunDir, carry_out
+from nemotune.errors import RecipeError
+from nemotune.workflow import processes
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def gguf(
+    recipe: RecipeName = "quickstart",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--type", metavar="TYPE", help="f32, f16, bf16, q8_0, q5_k_m or q4_k_m; may be given again. export.gguf or q4_k_m otherwise."
+        ),
+    ] = None,
+    model: Annotated[Path | None, typer.Option("--model", help="A model's directory, in place of a run's.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="An adapter on --model.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A file, or a directory of NAME-TYPE.gguf; export in the run otherwise.")
+    ] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write GGUF files for llama.cpp, straight from base and adapter."""
+    if model is None and adapter is None:
+        options = {"kinds": kinds or (), "output": output, "overwrite": overwrite, "dry_run": dry_run}
+        carry_out("export gguf", recipe, overrides, run_dir, stage="gguf", **options)
+        return
+    if model is None or output is None:
+        raise RecipeError(f"{'--model' if model is None else '--output'}: --model and --output go together, with or without --adapter")
+    processes.require_alone("export gguf")
+    from rich.console import Console
+
+    from nemotune.models import locate
+    from nemotune.workflow.exporting import DEFAULT, Source, export_gguf
+
+    source = Source((adapter or model).resolve().name, locate(model), adapter)
+    export_gguf(source, kinds or DEFAULT, output=output, overwrite=overwrite, dry_run=dry_run, console=Console())

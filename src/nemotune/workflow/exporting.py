@@ -1,0 +1,119 @@
+"""The stage `export gguf`: the tuned model as files for llama.cpp. What is in them is in `nemotune.export.gguf`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from rich.console import Console
+
+from nemotune.data.progress import progress
+from nemotune.errors import ConflictError, MissingFileError
+from nemotune.export.gguf.names import gguf_tensors, left_out
+from nemotune.export.gguf.plan import Verified, plan_gguf
+from nemotune.export.gguf.types import require_kind, types_of
+from nemotune.export.stream import Plan, write
+from nemotune.export.tuned import Tuned, open_tuned
+from nemotune.files import refuse_target
+from nemotune.models import locate
+from nemotune.recipe import Recipe
+from nemotune.workflow.messages import say, wrote
+from nemotune.workflow.run_dir import require_same_model
+
+DEFAULT = ("q4_k_m",)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: the model in a directory, an adapter on it, and the name of both together."""
+
+    name: str
+    model: Path
+    adapter: Path | None
+
+
+def gguf(
+    recipe: Recipe,
+    *,
+    run_dir: Path,
+    kinds: Sequence[str] = (),
+    output: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    console: Console,
+    alone: bool = True,
+) -> None:
+    """Write what a run trained as a file of each of `kinds`, those of the recipe otherwise: base + adapter, or the whole model."""
+    kinds = [require_kind(kind) for kind in kinds or recipe.export.gguf or DEFAULT]
+    trained = run_dir / ("adapter" if recipe.method == "lora" else "model")
+    if not trained.is_dir():
+        raise MissingFileError(f"{trained}: nothing trained yet; `nemotune train` comes first")
+    if (run_dir / "recipe.json").is_file():
+        require_same_model(recipe, run_dir)
+    if recipe.method == "lora":
+        source = Source(recipe.name, locate(recipe.model.path, recipe.model.revision, weights=not dry_run), trained)
+    else:
+        source = Source(recipe.name, trained, None)
+    export_gguf(source, kinds, output=output or run_dir / "export", overwrite=overwrite, dry_run=dry_run, console=console, alone=alone)
+    if recipe.method == "lora" and recipe.model.quantization == "nf4" and not dry_run:
+        say(
+            console,
+            "the adapter learned beside NF4 weights and was merged onto the wide ones: `nemotune merge` and `nemotune eval --model` score that",
+        )
+
+
+def export_gguf(
+    source: Source, kinds: Sequence[str], *, output: Path, overwrite: bool, dry_run: bool, console: Console, alone: bool = True
+) -> None:
+    """Write a file of each kind: NAME-KIND.gguf in the directory `output`, or `output` itself where that is the name of one file."""
+    targets = _targets(source.name, kinds, output)
+    for target in targets.values():
+        if not dry_run:
+            refuse_target(target, overwrite=overwrite, is_file=True)
+    if dry_run and not any(source.model.glob("*.safetensors")):
+        say(console, f"would download the weights of {source.model} and write {', '.join(map(str, targets.values()))}")
+        return
+    tuned = open_tuned(source.model, source.adapter)
+    for kind, target in targets.items():
+        plan = plan_gguf(tuned, kind, name=source.name)
+        size = _size(tuned, kind, plan)
+        if dry_run:
+            say(console, f"would write {target}: {size}")
+            continue
+        with progress(f"writing {target.name}", total=plan.num_bytes, in_bytes=True) as advance:
+            verified = write(plan, target, overwrite=overwrite, done=advance)
+        say(console, f"{target}: {size}\n{_found(verified)}")
+    if unused := left_out(tuned):
+        say(console, f"left out: {len(unused)} tensors that llama.cpp does not use, such as {unused[0]}")
+    if not dry_run:
+        wrote(console, target, then=f"llama-server -m {quote(str(target))} --jinja" if alone else None)
+
+
+def _targets(name: str, kinds: Sequence[str], output: Path) -> dict[str, Path]:
+    """The file of each kind."""
+    kinds = tuple(dict.fromkeys(require_kind(kind) for kind in kinds))
+    if output.suffix != ".gguf":
+        return {kind: output / f"{name}-{kind}.gguf" for kind in kinds}
+    if len(kinds) > 1:
+        raise ConflictError(f"--output: got one file, {output}, for {len(kinds)} types; name a directory, or export one type at a time")
+    return {kinds[0]: output}
+
+
+def _size(tuned: Tuned, kind: str, plan: Plan[Verified]) -> str:
+    """Bytes and bits per weight, and how much of the model is wider than its type says."""
+    tensors = gguf_tensors(tuned)
+    _, fallback = types_of(tensors, tuned.model.config, kind)
+    weights_bytes = sum(part.num_bytes for part in plan.files[0].parts[1:])
+    size = f"{plan.num_bytes / 1e9:.2f} GB" if plan.num_bytes >= 1e8 else f"{plan.num_bytes / 1e6:.1f} MB"
+    text = f"{size}, {8 * weights_bytes / fallback.of:.2f} bits per weight"
+    return (
+        f"{text}; {fallback.share:.1%} of the weights take a wider type, their rows being no multiple of its block"
+        if fallback.numel
+        else text
+    )
+
+
+def _found(verified: Verified) -> str:
+    return f"read back: {verified.read_back.tensors} tensors, the values of {verified.read_back.sampled}; {verified.run}"
