@@ -32,7 +32,7 @@ def from_hf(hf: str, megatron: Path, *, verify: bool, overwrite: bool, dry_run: 
         say(console, f"would download the weights of {hf} and write {megatron}")
         return
     plan = plan_import(open_tuned(source), verify_all=verify)
-    if _carried_out(plan, megatron, what="importing", verify=verify, overwrite=overwrite, dry_run=dry_run, console=console):
+    if _carried_out(plan, megatron, what="importing", overwrite=overwrite, dry_run=dry_run, console=console):
         wrote(console, megatron, then=f"nemotune convert inspect {quote(str(megatron))}")
 
 
@@ -48,7 +48,7 @@ def to_hf(megatron: Path, hf: Path, *, base: str | None, verify: bool, overwrite
     else:
         export = open_export(checkpoint, base_dir)
         plan = export.plan(verify_all=verify)
-        if not _carried_out(plan, hf, what="exporting", verify=verify, overwrite=overwrite, dry_run=dry_run, console=console):
+        if not _carried_out(plan, hf, what="exporting", overwrite=overwrite, dry_run=dry_run, console=console):
             return
         for note in export.notes:
             say(console, note)
@@ -96,7 +96,7 @@ def _merge(checkpoint: MegatronCheckpoint, hf: Path, base_dir: Path | None, *, o
     say(console, f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")
 
 
-def _carried_out(plan: Plan[Compared], target: Path, *, what: str, verify: bool, overwrite: bool, dry_run: bool, console: Console) -> bool:
+def _carried_out(plan: Plan[Compared], target: Path, *, what: str, overwrite: bool, dry_run: bool, console: Console) -> bool:
     """Whether it was: a dry run only says what would be."""
     size = f"{plan.num_bytes / 1e9:.2f} GB in {len(plan.files)} file{'s' * (len(plan.files) > 1)}"
     if dry_run:
@@ -105,9 +105,9 @@ def _carried_out(plan: Plan[Compared], target: Path, *, what: str, verify: bool,
     with progress(what, total=plan.num_bytes, in_bytes=True) as advance:
         compared = write(plan, target, overwrite=overwrite, done=advance)
     say(console, f"written: {size}")
-    every = f"all {compared.of} tensors" if compared.tensors == compared.of else f"{compared.tensors} of {compared.of} tensors"
-    more = "" if verify or compared.tensors == compared.of else "; --verify compares all"
-    say(console, f"read back and mapped the other way: {every} are the source's, bit for bit{more}")
+    told = f"all {compared.of} tensors" if compared.whole else f"parts of {compared.tensors} of {compared.of} tensors"
+    more = "" if compared.whole else "; --verify compares all"
+    say(console, f"read back and mapped the other way: {told} are the source's, bit for bit{more}")
     return True
 
 

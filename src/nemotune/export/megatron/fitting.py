@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,21 +17,23 @@ from torch import Tensor
 from nemotune.errors import CheckpointError
 from nemotune.export.megatron.homes import EMBEDDINGS, HEAD, Home
 from nemotune.export.megatron.rows import Rows, cut, inverted
+from nemotune.export.stream import in_threads
 from nemotune.models.base import CausalLM
 
 SLAB_NUMEL = 2**24  # of a tensor at once
-SAMPLED = 64  # tensors that are compared where not all are
+SAMPLED = 64  # parts of tensors that are compared where not all are
 
-T = TypeVar("T")
+T = TypeVar("T", bound=tuple[Any, ...])
 ReadRows = Callable[[Rows], Tensor]
 
 
 @dataclass(frozen=True)
 class Compared:
-    """How many tensors were read back, mapped the other way and found the same bit for bit, of how many."""
+    """How many tensors were read back, mapped the other way and found the same bit for bit, of how many; or parts of them."""
 
     tensors: int
     of: int
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def slabs(num_rows: int, tail: tuple[int, ...]) -> list[tuple[int, int]]:
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
     """Bit for bit: -0.0 is not 0.0."""
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(_bytes(one), _bytes(other))
+    return one.shape == other.shape and one.dtype == other.dtype and _same(one, other)
 
 
 def refuse(directory: Path, problems: list[str], remedy: str) -> None:
@@ -131,9 +133,16 @@ def canonical(name: str, model: CausalLM) -> str:
     return name
 
 
-def sampled(tensors: Sequence[T], *, all_: bool) -> list[T]:
-    """All of them, or always the same few."""
-    return list(tensors) if all_ else random.Random(0).sample(list(tensors), min(SAMPLED, len(tensors)))
+def compared(parts: Sequence[T], is_right: Callable[[T], bool], directory: Path, *, of: str, all_: bool) -> Compared:
+    """The report on parts of tensors (name first), all of them or always the same few. Raises CheckpointError where one `is_right` not."""
+    chosen = list(parts) if all_ else random.Random(0).sample(list(parts), min(SAMPLED, len(parts)))
+    wrong = [part[0] for part, right in zip(chosen, in_threads(is_right, chosen), strict=True) if not right]
+    if wrong:
+        raise CheckpointError(
+            f"{directory}: {len(set(wrong))} of {len({part[0] for part in chosen})} tensors read back are not those of {of}, first {wrong[0]}; "
+            "nothing was kept. Convert again; if it repeats, disk or memory is at fault"
+        )
+    return Compared(len({part[0] for part in chosen}), len({part[0] for part in parts}), len(chosen) == len(parts))
 
 
 def _counted(run: Rows, available: int) -> Rows:
@@ -143,5 +152,12 @@ def _counted(run: Rows, available: int) -> Rows:
     return run
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _same(one: Tensor, other: Tensor) -> bool:
+    bits = _bits(one), _bits(other)
+    return torch.equal(*(bits if bits[0].dtype == bits[1].dtype else [each.view(torch.uint8) for each in bits]))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """In the widest integers that fit: those compare fastest."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return flat.view(torch.int64) if len(flat) % 8 == 0 and flat.data_ptr() % 8 == 0 else flat

@@ -19,12 +19,12 @@ from nemotune.export.megatron.fitting import (
     Compared,
     Fitted,
     canonical,
+    compared,
     fitted_to,
     made_of,
     refuse,
     rows_between,
     same_bytes,
-    sampled,
     slabs,
 )
 from nemotune.export.megatron.homes import BY_LAYER, EXPERT_BIAS, homes, mtp_depth_of_megatron
@@ -166,25 +166,25 @@ class Exported:
                 f"{directory}: names, shapes and dtypes as written are not those planned; nothing was kept. Convert again"
             )
         names = {self._canonical(name): name for name in written.tensors}
-        chosen = sampled(self.fitted, all_=all_)
-        if wrong := [each.name for each in chosen if not self._is_as_written(each, written, names)]:
-            raise CheckpointError(
-                f"{directory}: {len(wrong)} of {len(chosen)} tensors read back are not the checkpoint's, first {wrong[0]}; nothing was kept. "
-                "Convert again; if it repeats, disk or memory is at fault"
-            )
-        return Compared(len(chosen), len(self.fitted))
 
-    def _is_as_written(self, each: Fitted, written: Checkpoint, names: dict[str, str]) -> bool:
         def read(run: Rows) -> Tensor:
             return written.read_rows(names[run.name], run.first, run.first + run.length)
 
-        for i, runs in enumerate(each.home.entries):
-            for start, stop in slabs(each.num_rows, each.tail):
-                back = rows_between(runs, start, stop, read)
-                theirs = self.checkpoint.rows(Rows(each.name, start, stop - start, i if each.home.stacked else None))
-                if not same_bytes(theirs.to(back.dtype), back):
-                    return False
-        return True
+        def is_right(part: tuple[str, int, int, int]) -> bool:
+            name, entry, start, stop = part
+            home = known[name].home
+            back = rows_between(home.entries[entry], start, stop, read)
+            theirs = self.checkpoint.rows(Rows(name, start, stop - start, entry if home.stacked else None))
+            return same_bytes(theirs.to(back.dtype), back)
+
+        known = {each.name: each for each in self.fitted}
+        parts = [
+            (each.name, entry, start, stop)
+            for each in self.fitted
+            for entry in range(len(each.home.entries))
+            for start, stop in slabs(each.num_rows, each.tail)
+        ]
+        return compared(parts, is_right, directory, of="the checkpoint", all_=all_)
 
     def _canonical(self, name: str) -> str:
         return canonical(name, self.model)

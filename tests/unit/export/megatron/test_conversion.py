@@ -49,7 +49,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def imported(source: Path, target: Path) -> Path:
     report = write(plan_import(open_tuned(source), verify_all=True), target)
-    assert report.tensors == report.of > 0
+    assert report.whole and report.tensors == report.of > 0
     return target
 
 
@@ -247,7 +247,8 @@ def test_a_tensor_that_was_written_wrong_is_found(stored, tmp_path, monkeypatch,
         tensors["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"][2, 3, 4] += 1
         rewrite(directory, tensors)
         with pytest.raises(
-            CheckpointError, match=r"1 of \d+ tensors read back are not the source's, first backbone\.layers\.1\.mixer\.experts\.2\.up_proj"
+            CheckpointError,
+            match=r"1 of \d+ tensors read back are not those of the source, first backbone\.layers\.1\.mixer\.experts\.2\.up_proj",
         ):
             plan.verify(tmp_path / "megatron")
     else:
@@ -257,7 +258,7 @@ def test_a_tensor_that_was_written_wrong_is_found(stored, tmp_path, monkeypatch,
         save_file(tensors, file)
         with pytest.raises(
             CheckpointError,
-            match=r"1 of \d+ tensors read back are not the checkpoint's, first decoder\.layers\.2\.self_attention\.linear_qkv",
+            match=r"1 of \d+ tensors read back are not those of the checkpoint, first decoder\.layers\.2\.self_attention\.linear_qkv",
         ):
             plan.verify(source)
 
