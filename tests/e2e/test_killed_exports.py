@@ -15,6 +15,7 @@ import torch
 from random_models import make
 
 from nemotune.export import stream
+from nemotune.export.megatron.to_megatron import plan_import
 from nemotune.export.merge import plan_merge
 from nemotune.export.stream import write
 from nemotune.export.tuned import open_tuned
@@ -44,7 +45,11 @@ def merged(base: Path, adapter: Path, target: Path) -> None:
     write(plan_merge(open_tuned(base, adapter)), target, overwrite=True)
 
 
-EXPORTS: dict[str, tuple[str, Callable[[Path, Path, Path], object]]] = {"merge": ("out", merged)}
+def imported(base: Path, adapter: Path, target: Path) -> None:
+    write(plan_import(open_tuned(base)), target, overwrite=True)
+
+
+EXPORTS: dict[str, tuple[str, Callable[[Path, Path, Path], object]]] = {"merge": ("out", merged), "megatron": ("out", imported)}
 
 
 def contents(path: Path) -> dict[str, bytes]:
