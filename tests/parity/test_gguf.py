@@ -6,13 +6,13 @@ import gzip
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from test_gguf_quants import llama_cpp as packed_by_llama_cpp
 from toy_gguf import edit_json, saved
 
 from nemotune.export.gguf import llama_cpp
@@ -23,6 +23,10 @@ from nemotune.export.tuned import open_tuned
 from nemotune.lora import apply_lora, lora_modules, save_adapter
 from nemotune.models import load_model, load_tokenizer
 from nemotune.recipe import Lora
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.quantize import llama_cpp as packed_by_llama_cpp
 
 pytest.importorskip("xllamacpp")
 REAL = os.environ.get("NEMOTUNE_TEST_DATA")
