@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nemotune.export.megatron.rows import Rows
 from nemotune.weights.dcp import METADATA, DcpDirectory, StoredTensor
 
 LATEST, RUN_CONFIG, TOKENIZER = "latest_checkpointed_iteration.txt", "run_config.yaml", "tokenizer"
-NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.")  # what training keeps beside them
+NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|.*\._extra_state(/|$)")  # what training and Transformer Engine keep beside them
 ADAPTER = ".adapter."
 
 
@@ -32,9 +33,9 @@ class MegatronCheckpoint:
     stored: DcpDirectory
     run_config: dict[str, Any]
 
-    @property
+    @cached_property
     def weights(self) -> dict[str, StoredTensor]:
-        """Its tensors without the optimizer's."""
+        """Its tensors without those that are no part of a model."""
         return {name: tensor for name, tensor in self.stored.tensors.items() if not NOT_WEIGHTS.match(name)}
 
     @property

@@ -113,9 +113,10 @@ OTHER: dict[str, tuple[tuple[str, str, Op], ...]] = {
     ),
 }
 EMBEDDINGS, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+FINAL_NORM, FINAL_LAYERNORM = "decoder.final_norm.weight", "decoder.final_layernorm.weight"  # hybrid, dense
 ENDS = {
-    "nemotron_h": ((EMBEDDINGS, "backbone.embeddings.weight"), ("decoder.final_norm.weight", "backbone.norm_f.weight")),
-    "llama": ((EMBEDDINGS, "model.embed_tokens.weight"), ("decoder.final_layernorm.weight", "model.norm.weight")),
+    "nemotron_h": ((EMBEDDINGS, "backbone.embeddings.weight"), (FINAL_NORM, "backbone.norm_f.weight")),
+    "llama": ((EMBEDDINGS, "model.embed_tokens.weight"), (FINAL_LAYERNORM, "model.norm.weight")),
 }
 FIRST_OF_MTP, LAST_OF_MTP = ("eh_proj.weight", "enorm.weight", "hnorm.weight"), ("final_layernorm.weight",)
 BY_LAYER = re.compile(r"decoder\.layers\.\d+\.")  # not stacked

@@ -27,7 +27,7 @@ from nemotune.export.megatron.fitting import (
     same_bytes,
     slabs,
 )
-from nemotune.export.megatron.homes import BY_LAYER, EXPERT_BIAS, homes, mtp_depth_of_megatron
+from nemotune.export.megatron.homes import BY_LAYER, EXPERT_BIAS, FINAL_LAYERNORM, FINAL_NORM, homes, mtp_depth_of_megatron
 from nemotune.export.megatron.rows import Rows
 from nemotune.export.safetensors_files import weight_files
 from nemotune.export.stream import Ends, Plan, fingerprint
@@ -98,6 +98,8 @@ class Exported:
         stored, config, found = self.checkpoint.weights, self.model.config, []
         one_by_one = any(BY_LAYER.match(name) for name in stored)
         known = {home.name: home for home in homes(config, mtp_depth=mtp_depth_of_megatron(stored), one_by_one=one_by_one)}
+        if FINAL_NORM in known:  # some versions of hybrid models call it as dense ones do
+            known[FINAL_LAYERNORM] = replace(known[FINAL_NORM], name=FINAL_LAYERNORM)
         for name, tensor in stored.items():
             try:
                 found.append(fitted_to(known[name], tensor.shape, vocab_size=config.vocab_size))

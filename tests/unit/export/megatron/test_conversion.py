@@ -181,10 +181,12 @@ def test_shards_of_many_ranks_read_alike(stored, tmp_path):
     assert same(weights(exported(tmp_path / "sharded", tmp_path / "back", source)), weights(source))
 
 
-def test_rows_of_a_padded_vocabulary_are_left_and_the_optimizer_is_not_looked_at(stored, tmp_path):
+def test_rows_of_a_padded_vocabulary_are_left_and_what_is_no_weight_is_not_looked_at(stored, tmp_path):
     source, directory, tensors = stored
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         tensors[name] = torch.cat([tensors[name], torch.full((32, 32), 7.0).bfloat16()])
+    tensors["decoder.final_layernorm.weight"] = tensors.pop("decoder.final_norm.weight")  # as some versions of hybrid models call it
+    tensors["decoder.layers.0.mixer.in_proj._extra_state"] = torch.zeros(3, dtype=torch.uint8)
     tensors["optimizer.state.exp_avg.decoder.final_norm.weight"] = torch.zeros(3)
     tensors["chained_0.optimizer.state.exp_avg.decoder.final_norm.weight"] = torch.zeros(3)
     rewrite(directory, tensors)
