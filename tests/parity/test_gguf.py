@@ -112,8 +112,8 @@ def test_answers_end_at_every_token_that_ends_them(tmp_path):
 
 
 @pytest.mark.skipif(not REAL, reason="NEMOTUNE_TEST_DATA")
-@pytest.mark.parametrize("tokenizer, pre", [("nemotron3", "tekken"), ("llama3_1", "llama-bpe")])
-def test_real_tokenizers_make_the_same_tokens(tokenizer, pre, tmp_path):
+@pytest.mark.parametrize("tokenizer", ["nemotron3", "llama3_1"])
+def test_real_tokenizers_make_the_same_tokens(tokenizer, tmp_path):
     sources = Path(REAL or "") / "data" / "nemotron" / "tokenizer"
     with gzip.open(sources / f"{tokenizer}_tokenizer.RECONSTRUCTED.json.gz", "rt", encoding="utf-8") as file:
         text = file.read()
@@ -127,7 +127,6 @@ def test_real_tokenizers_make_the_same_tokens(tokenizer, pre, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llama_cpp, "is_installed", lambda: False)
         write(plan_gguf(open_tuned(directory), "f16"), tmp_path / "model.gguf")
-    assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == pre
     texts = (sources / "llama_bpe_test_vectors.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
     texts += [
         Path(__file__).read_text(encoding="utf-8"),

@@ -24,10 +24,10 @@ from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.export.gguf.check import Checked, check
 from nemotune.export.gguf.metadata import add_metadata
 from nemotune.export.gguf.names import GGUFTensor, architecture, gguf_tensors
-from nemotune.export.gguf.quants import quantize, row_bytes
+from nemotune.export.gguf.quants import quantize
 from nemotune.export.gguf.structure import ReadBack, check_structure
 from nemotune.export.gguf.tokenizer import add_tokenizer, stop_tokens
-from nemotune.export.gguf.types import KINDS, Fallback, require_kind, types_of
+from nemotune.export.gguf.types import KINDS, Fallback, aligned, num_bytes_of, require_kind, types_of
 from nemotune.export.stream import OutputFile, Part, Piece, Plan
 from nemotune.export.tuned import Tuned
 from nemotune.models.config import NemotronHConfig
@@ -55,7 +55,7 @@ def plan_gguf(tuned: Tuned, kind: str, *, name: str | None = None) -> Plan[Verif
     parts = (Part("header", len(head), lambda: [lambda: head]), *(_part(tensor, types[tensor.name]) for tensor in tensors))
 
     def verify(path: Path) -> Verified:
-        return Verified(check_structure(path, tensors, types), check(path, tuned, kind))
+        return Verified(check_structure(path, head, tensors, types), check(path, tuned, kind))
 
     identity = {"format": "gguf", "kind": kind, "name": name, **tuned.identity}
     return Plan(identity, (OutputFile("model.gguf", parts),), verify=verify, is_file=True)
@@ -86,7 +86,7 @@ def _header(tuned: Tuned, tensors: Sequence[GGUFTensor], types: dict[str, GGMLQu
     writer, config = GGUFWriter(None, architecture(tuned.model.config)), tuned.model.config
     for tensor in tensors:
         writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), _num_bytes(tensor, types[tensor.name]), raw_dtype=types[tensor.name]
+            tensor.name, tensor.shape, np.dtype(np.float32), num_bytes_of(tensor, types[tensor.name]), raw_dtype=types[tensor.name]
         )
     add_metadata(writer, config, tuned.directory, KINDS[kind][1], name=name)
     own = tuned.adapter_dir and tuned.adapter_dir / TEMPLATE
@@ -107,8 +107,8 @@ def header_bytes(writer: GGUFWriter) -> bytes:
 
 def _part(tensor: GGUFTensor, kind: GGMLQuantizationType) -> Part:
     """The tensor's bytes, up to where the next begins."""
-    num_bytes = _num_bytes(tensor, kind)
-    padding = bytes(_aligned(num_bytes) - num_bytes)
+    num_bytes = num_bytes_of(tensor, kind)
+    padding = bytes(aligned(num_bytes) - num_bytes)
 
     def pieces() -> list[Piece]:
         made: list[Piece] = [partial(_packed, piece, tensor, kind) for piece in tensor.pieces()]
@@ -124,13 +124,5 @@ def _packed(piece: Callable[[], Tensor], tensor: GGUFTensor, kind: GGMLQuantizat
         raise CheckpointError(f"{tensor.name}: {error}") from error
 
 
-def _num_bytes(tensor: GGUFTensor, kind: GGMLQuantizationType) -> int:
-    return math.prod(tensor.shape[:-1]) * row_bytes(kind.name, tensor.shape[-1])
-
-
-def _aligned(num_bytes: int) -> int:
-    return GGUFWriter.ggml_pad(num_bytes, 32)
-
-
 def _padded(data: bytes) -> bytes:
-    return data + bytes(_aligned(len(data)) - len(data))
+    return data + bytes(aligned(len(data)) - len(data))

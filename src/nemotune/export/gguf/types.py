@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from nemotune.errors import UnsupportedError, did_you_mean
 from nemotune.export.gguf.names import GGUFTensor
+from nemotune.export.gguf.quants import row_bytes
 from nemotune.models.config import LlamaConfig, NemotronHConfig
 
 F32, F16, BF16, Q8_0, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K = (
@@ -60,6 +61,16 @@ def types_of(
         types[tensor.name] = _that_fits(wanted, tensor.shape[-1])
         fallen += tensor.numel if types[tensor.name] != wanted else 0
     return types, Fallback(fallen, sum(tensor.numel for tensor in tensors))
+
+
+def num_bytes_of(tensor: GGUFTensor, kind: GGMLQuantizationType) -> int:
+    """What the tensor takes in the file; the next one begins at `aligned` of its end."""
+    return tensor.numel // tensor.shape[-1] * row_bytes(kind.name, tensor.shape[-1])
+
+
+def aligned(num_bytes: int) -> int:
+    """The next place for a tensor."""
+    return GGUFWriter.ggml_pad(num_bytes, GGUF_DEFAULT_ALIGNMENT)
 
 
 def _that_fits(wanted: GGMLQuantizationType, row_length: int) -> GGMLQuantizationType:

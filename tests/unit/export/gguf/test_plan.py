@@ -196,6 +196,9 @@ def test_damage_on_the_disk_is_found(tmp_path):
         with pytest.raises(CheckpointError, match=f"first {name}"):
             plan.verify(path)
         path.write_bytes(whole)
-    path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(CheckpointError, match="cannot be read back"):
+    path.write_bytes(path.read_bytes().replace(b"ssm_conv1d", b"ssm_conv2d", 1))
+    with pytest.raises(CheckpointError, match="its header"):
+        plan.verify(path)
+    path.write_bytes(whole[:-32])
+    with pytest.raises(CheckpointError, match="its length is not as planned"):
         plan.verify(path)

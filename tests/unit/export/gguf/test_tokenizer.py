@@ -33,7 +33,7 @@ def test_special_tokens_are_hidden_and_marks_of_tools_and_thinking_are_kept(tiny
     kinds = dict(zip(found["tokens"], found["token_type"], strict=True))
     assert {kinds[text] for text in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")} == {TokenType.CONTROL}
     assert {kinds[text] for text in ("<think>", "</think>", "<tool_call>", "</tool_call>")} == {TokenType.USER_DEFINED}
-    assert kinds["a"] == TokenType.NORMAL and len(found["merges"]) == 1216
+    assert kinds["a"] == TokenType.NORMAL and len(found["merges"]) == 1216 and found["pre"] == "tekken"
 
 
 def test_ends_are_those_of_tokenizer_generation_and_config(tiny):
