@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from random_models import make
 from safetensors.torch import load_file, save_file
 
 from nemotune.errors import CheckpointError, MissingFileError, UnsupportedError
+from nemotune.export.megatron import dcp_files, fitting
 from nemotune.export.megatron.checkpoint import open_megatron
 from nemotune.export.megatron.fitting import Compared
 from nemotune.export.megatron.to_hf import open_export
@@ -88,6 +90,21 @@ def test_there_and_back_every_tensor_is_the_same_bit_for_bit(tmp_path, variant):
     alone = exported(checkpoint, tmp_path / "alone")  # config.json lies in tokenizer/
     values = {name: tensor.to(weights(source)[name].dtype) for name, tensor in weights(alone).items()}
     assert same(values, {n: t for n, t in weights(source).items() if n in values}) and (alone / "config.json").is_file()
+
+
+@pytest.mark.parametrize("variant", ["four_ways", "llama"])
+def test_large_models_go_in_several_files_and_some_rows_at_a_time_and_dcp_itself_loads_them(tmp_path, monkeypatch, variant):
+    source = hf(tmp_path / "hf", variant)
+    whole = open_megatron(imported(source, tmp_path / "whole")).stored
+    monkeypatch.setattr(fitting, "SLAB_NUMEL", 300)
+    monkeypatch.setattr(dcp_files, "MAX_FILE_BYTES", 20_000)
+    cut = open_megatron(imported(source, tmp_path / "cut"))
+    assert len(list(cut.directory.glob("__0_*.distcp"))) > 3
+    assert max(math.prod(chunk.sizes) for tensor in cut.stored.tensors.values() for chunk in tensor.chunks) <= 300
+    assert same(weights(exported(tmp_path / "cut", tmp_path / "back", source)), weights(source))
+    loaded = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in cut.stored.tensors.items()}
+    dcp.load(loaded, checkpoint_id=cut.directory, planner=dcp.DefaultLoadPlanner(flatten_state_dict=False), no_dist=True)
+    assert same(loaded, {name: whole.read(name) for name in whole.tensors})
 
 
 def test_queries_lie_with_their_group_and_gate_before_up_in_layers_that_are_stacked(tmp_path):

@@ -12,6 +12,7 @@ from random_models import make
 
 from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.export.adapters.opened import open_adapter
+from nemotune.export.megatron import fitting
 from nemotune.export.megatron.checkpoint import open_megatron
 from nemotune.export.megatron.lora import read_lora
 from nemotune.export.megatron.lora_files import plan_lora
@@ -65,6 +66,16 @@ def test_an_adapter_there_and_back_is_the_same_bit_for_bit_and_merges_to_the_sam
         factor = (tuned.adapter.settings[name].alpha / tuned.adapter.settings[name].rank) / (theirs.alpha / theirs.rank)
         assert torch.equal(back.adapter.pairs[name][0], A) and torch.equal(back.adapter.pairs[name][1], B * factor), name
     assert all(torch.equal(back.read(name), tuned.read(name)) for name in tuned.infos)
+
+
+def test_an_adapter_is_written_some_rows_at_a_time(tmp_path, monkeypatch):
+    trained(tmp_path, "hybrid", PLAIN)
+    write(planned(tmp_path), tmp_path / "whole")
+    monkeypatch.setattr(fitting, "SLAB_NUMEL", 50)
+    write(planned(tmp_path), tmp_path / "cut")
+    whole, cut = (open_megatron(tmp_path / name).stored for name in ("whole", "cut"))
+    assert max(len(tensor.chunks) for tensor in cut.tensors.values()) > 3
+    assert all(torch.equal(cut.read(name), whole.read(name)) for name in whole.tensors)
 
 
 def test_three_projections_stand_one_below_the_other_and_add_what_each_of_them_did(tmp_path):
