@@ -15,11 +15,13 @@ from nemotune.export.adapters.peft_files import plan_for_peft, plan_for_vllm
 from nemotune.export.megatron.checkpoint import open_megatron
 from nemotune.export.megatron.lora import read_lora
 from nemotune.export.megatron.lora_files import plan_lora
+from nemotune.export.megatron.run_config import run_config
 from nemotune.export.megatron.to_hf import open_export
 from nemotune.export.megatron.to_megatron import plan_import
 from nemotune.export.merge import plan_merge
 from nemotune.export.stream import write
 from nemotune.export.tuned import open_tuned
+from nemotune.models import read_config
 
 REAL = os.environ.get("NEMOTUNE_TEST_DATA")
 pytestmark = pytest.mark.skipif(not REAL, reason="NEMOTUNE_TEST_DATA is not set")
@@ -63,6 +65,15 @@ def test_what_run_config_says_is_what_megatron_bridge_says(model):
     minimal = yaml.safe_load((FIXTURES / "run_config.minimal.yaml").read_text())
     if "hybrid_override_pattern" in own:
         assert minimal["model"].keys() <= own.keys()
+
+
+def test_run_config_has_keys_of_both_generations_with_their_values():
+    """But for the class of hybrid models, whose older name newer versions read too, and what concerns a GPU."""
+    told = open_megatron(FIXTURES / "ckpt_bridge_0.7_lora").run_config
+    own = run_config(read_config(FIXTURES / "hf" / "nemotron_h_tiny"), tokenizer="hf/nemotron_h_tiny", mtp_depth=0)
+    different = {key for section in ("model", "checkpoint", "tokenizer") for key in own[section] if told[section][key] != own[section][key]}
+    assert different == {"_target_", "hybrid_override_pattern", "gradient_accumulation_fusion"}
+    assert told["model"]["hybrid_layer_pattern"] == own["model"]["hybrid_override_pattern"]
 
 
 def test_files_beside_the_tensors_are_megatron_bridges(model):
