@@ -30,15 +30,28 @@ def test_logits_equal_the_merged_models(variant, tmp_path, monkeypatch):
     tuned, read = open_tuned(tmp_path / "base", tmp_path / "adapter"), []
     plain_read = Tuned.read
     monkeypatch.setattr(Tuned, "read", lambda self, name: read.append(name) or plain_read(self, name))
-    ours = reference_logits(tuned, PROMPTS)
+    ours, same = reference_logits(tuned, PROMPTS)
     merged = load_model(tmp_path / "merged", dtype="float32")
     borders = torch.tensor([0, 6, 8, 19], dtype=torch.int32)
     with torch.inference_mode():
         theirs = merged.logits(merged(torch.tensor([token for prompt in PROMPTS for token in prompt]), borders))
-    assert torch.equal(ours, theirs) and ours.shape == (19, 96)
+    assert torch.equal(ours, theirs) and torch.equal(same, ours) and ours.shape == (19, 96)
 
     assert all(parameter.is_meta for parameter in tuned.model.parameters())
     blocks = [name.split(".layers.")[1].split(".")[0] for name in read if ".layers." in name]
     assert blocks == sorted(blocks, key=int)  # each block is read once, in the order in which it is needed
     whole = 4 * sum(parameter.numel() for parameter in merged.parameters())
     assert reference_bytes(tuned) < whole
+
+
+def test_rounding_is_shown_by_noise_on_every_matrix_that_a_file_rounds(tmp_path):
+    """Logits move with the noise, in proportion while it is small; those of the exact model do not."""
+    make("llama").save_pretrained(tmp_path / "base")
+    tuned = open_tuned(tmp_path / "base")
+    exact, _ = reference_logits(tuned, PROMPTS)
+    moved = {}
+    for noise in (1e-4, 2e-4):
+        again, rounded = reference_logits(tuned, PROMPTS, noise=noise)
+        assert torch.equal(again, exact)
+        moved[noise] = (rounded - exact).square().mean().sqrt() / exact.std()
+    assert 1e-4 < moved[1e-4] < 1e-3 and moved[2e-4] / moved[1e-4] == pytest.approx(2, rel=0.01)
