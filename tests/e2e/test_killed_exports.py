@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from random_models import make
+from toy_gguf import SIDE_FILES, TINY
 
 from nemotune.export import stream
+from nemotune.export.gguf import llama_cpp
+from nemotune.export.gguf.plan import plan_gguf
 from nemotune.export.megatron.to_megatron import plan_import
 from nemotune.export.merge import plan_merge
 from nemotune.export.stream import write
@@ -32,7 +35,9 @@ PAUSE_SECONDS = 0.001  # between two pieces of a file, so that there are moments
 def tuned_dirs(tmp_path_factory) -> tuple[Path, Path]:
     """A base in several shards, and an adapter."""
     directory = tmp_path_factory.mktemp("tuned")
-    make("hybrid").to(torch.bfloat16).save_pretrained(directory / "base", max_shard_size="50KB")
+    make("hybrid", vocab_size=1504).to(torch.bfloat16).save_pretrained(directory / "base", max_shard_size="50KB")
+    for name in SIDE_FILES:
+        shutil.copy(TINY / name, directory / "base" / name)
     model = load_model(directory / "base")
     apply_lora(model, LORA)
     for _, layer in lora_modules(model):
@@ -49,7 +54,17 @@ def imported(base: Path, adapter: Path, target: Path) -> None:
     write(plan_import(open_tuned(base)), target, overwrite=True)
 
 
-EXPORTS: dict[str, tuple[str, Callable[[Path, Path, Path], object]]] = {"merge": ("out", merged), "megatron": ("out", imported)}
+def packed(base: Path, adapter: Path, target: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp, "is_installed", lambda: False)
+        write(plan_gguf(open_tuned(base, adapter), "q4_k_m"), target, overwrite=True)
+
+
+EXPORTS: dict[str, tuple[str, Callable[[Path, Path, Path], object]]] = {
+    "merge": ("out", merged),
+    "megatron": ("out", imported),
+    "gguf": ("out.gguf", packed),
+}
 
 
 def contents(path: Path) -> dict[str, bytes]:

@@ -22,9 +22,11 @@ def with_our_dt_limits(model):
 
 def test_merged_model_answers_in_transformers_as_it_does_here(nemotune, recipe_file, tmp_path):
     """Greedy tokens, stop tokens included: with the tokenizer, template and generation settings of the merged directory alone."""
-    result = nemotune("run", recipe_file, "export.merged=true", "train.max_steps=40", "train.learning_rate=3e-2")
+    result = nemotune("run", recipe_file, "export.merged=true", "export.gguf=[q8_0]", "train.max_steps=40", "train.learning_rate=3e-2")
     assert result.returncode == 0, result.stdout
     assert "updated tensors are base + adapter" in result.stdout
+    assert "of what the context tells is lost" in result.stdout or "not loaded by llama.cpp" in result.stdout
+    assert (tmp_path / "runs" / "trial" / "export" / "trial-q8_0.gguf").is_file()
     merged = tmp_path / "runs" / "trial" / "export" / "merged"
     prepared = Prepared.load(tmp_path / "runs" / "trial" / "data")
     renderer = Renderer(load_tokenizer(merged), template="model", thinking=False)

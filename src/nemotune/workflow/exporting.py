@@ -11,9 +11,9 @@ from rich.console import Console
 
 from nemotune.data.progress import progress
 from nemotune.errors import ConflictError, MissingFileError
-from nemotune.export.gguf.names import gguf_tensors, left_out
-from nemotune.export.gguf.plan import Verified, plan_gguf
-from nemotune.export.gguf.types import require_kind, types_of
+from nemotune.export.gguf.names import left_out
+from nemotune.export.gguf.plan import Verified, fallback, plan_gguf
+from nemotune.export.gguf.types import require_kind
 from nemotune.export.stream import Plan, write
 from nemotune.export.tuned import Tuned, open_tuned
 from nemotune.files import refuse_target
@@ -103,16 +103,11 @@ def _targets(name: str, kinds: Sequence[str], output: Path) -> dict[str, Path]:
 
 def _size(tuned: Tuned, kind: str, plan: Plan[Verified]) -> str:
     """Bytes and bits per weight, and how much of the model is wider than its type says."""
-    tensors = gguf_tensors(tuned)
-    _, fallback = types_of(tensors, tuned.model.config, kind)
+    wider = fallback(tuned, kind)
     weights_bytes = sum(part.num_bytes for part in plan.files[0].parts[1:])
     size = f"{plan.num_bytes / 1e9:.2f} GB" if plan.num_bytes >= 1e8 else f"{plan.num_bytes / 1e6:.1f} MB"
-    text = f"{size}, {8 * weights_bytes / fallback.of:.2f} bits per weight"
-    return (
-        f"{text}; {fallback.share:.1%} of the weights take a wider type, their rows being no multiple of its block"
-        if fallback.numel
-        else text
-    )
+    text = f"{size}, {8 * weights_bytes / wider.of:.2f} bits per weight"
+    return f"{text}; {wider.share:.1%} of the weights take a wider type, their rows being no multiple of its block" if wider.numel else text
 
 
 def _found(verified: Verified) -> str:

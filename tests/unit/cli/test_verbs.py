@@ -104,10 +104,10 @@ def test_a_model_named_to_eval_is_scored_alone(asked: list[tuple[str, dict[str, 
 
 
 def test_finetune_is_the_function_calling_recipe_in_short(asked: list[tuple[str, dict[str, Any]]]) -> None:
-    typed("--max-samples", "1000", "--merge", application=finetune.app)
+    typed("--max-samples", "1000", "--merge", "--gguf", "q4_k_m", "--gguf", "f16", application=finetune.app)
     [(called, arguments)] = asked
     assert called == "run"
-    assert arguments["recipe"] == load("glaive-nano-4b", ["data.max_samples=1000", "export.merged=true"])
+    assert arguments["recipe"] == load("glaive-nano-4b", ["data.max_samples=1000", "export.merged=true", "export.gguf=[q4_k_m, f16]"])
     assert arguments["run_dir"] == Path("runs/glaive-nano-4b")
 
 

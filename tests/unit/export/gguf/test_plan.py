@@ -7,6 +7,7 @@ types_of_llama_quantize.json holds, for models of `random_models.py`, the types 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,12 @@ from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.export.gguf import llama_cpp
 from nemotune.export.gguf.names import gguf_tensors, left_out
 from nemotune.export.gguf.plan import fallback, plan_gguf
-from nemotune.export.gguf.types import KINDS, types_of
+from nemotune.export.gguf.types import KINDS, num_bytes_of, types_of
 from nemotune.export.stream import write
-from nemotune.export.tuned import open_tuned
+from nemotune.export.tuned import Tuned, open_tuned
+from nemotune.models import build_model, parse_config
 
+REAL = os.environ.get("NEMOTUNE_TEST_DATA")
 PINNED = json.loads(Path(__file__).with_name("types_of_llama_quantize.json").read_text(encoding="utf-8"))
 
 
@@ -61,6 +64,18 @@ def test_how_much_takes_a_wider_type_is_told(tmp_path):
     assert fallback(tuned, "q4_k_m").numel == down + 256 * 64  # down's rows of 96 and attn_output's of 64
     assert fallback(tuned, "q8_0").numel == 0
     assert 0 < fallback(tuned, "q4_k_m").share < 0.1
+
+
+@pytest.mark.skipif(not REAL, reason="NEMOTUNE_TEST_DATA")
+def test_most_of_nemotron_3_nano_takes_a_wider_type():
+    """Rows of 2688, 1856 and 3712. docs/gguf.md has these figures."""
+    path = Path(REAL or "") / "data" / "nemotron" / "configs" / "NVIDIA-Nemotron-3-Nano-30B-A3B.config.VERBATIM.json"
+    config = parse_config(json.loads(path.read_text(encoding="utf-8")))
+    tensors = gguf_tensors(Tuned(path.parent, None, build_model(config), None, None, {}))
+    for kind, bits, share in (("q8_0", 8.5, 0), ("q5_k_m", 6.6, 0.978), ("q4_k_m", 6.2, 0.978)):
+        types, fallback = types_of(tensors, config, kind)
+        num_bytes = sum(num_bytes_of(tensor, types[tensor.name]) for tensor in tensors)
+        assert (round(8 * num_bytes / fallback.of, 1), round(fallback.share, 3)) == (bits, share)
 
 
 def test_keys_of_a_llama(tmp_path):
