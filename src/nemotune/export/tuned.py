@@ -24,7 +24,7 @@ from nemotune.models.base import CausalLM
 from nemotune.models.config_json import read_config
 from nemotune.models.disk_names import disk_pieces
 from nemotune.models.loading import build_model, check_weights
-from nemotune.weights import Checkpoint, TensorInfo
+from nemotune.weights import Checkpoint, TensorInfo, is_finite
 
 PIECE_NUMEL = 2**18  # of a tensor at once
 
@@ -70,7 +70,7 @@ class Tuned:
             assert self.adapter is not None
             module, expert = self.updates[name]
             weight = self.adapter.updated(weight, module, expert, start=start).to(weight.dtype)
-        if weight.is_floating_point() and not weight.sum(dtype=torch.float64 if weight.itemsize > 2 else torch.float32).isfinite():
+        if not is_finite(weight):
             raise CheckpointError(
                 f"{self.directory}: {name}{' with its adapter' * (name in self.updates)} holds values that are not finite, which no export keeps; "
                 "copy the weights again, or train with a lower train.learning_rate"

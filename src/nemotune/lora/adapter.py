@@ -7,7 +7,6 @@ module that it does not name. An expert that the config leaves out, where it nam
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from nemotune.lora.targets import adaptable_modules, apply_lora, module_settings
 from nemotune.models.base import CausalLM
 from nemotune.models.disk_names import disk_pieces
 from nemotune.recipe import Lora
-from nemotune.weights import Checkpoint, TensorInfo, WritePlan, write_checkpoint
+from nemotune.weights import Checkpoint, TensorInfo, WritePlan, is_finite, write_checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COPY = ".base_layer.weight"  # of embeddings and a head that are adapted: PEFT keeps the base's beside the adapter
@@ -126,9 +125,9 @@ def open_tensors(directory: Path) -> Checkpoint:
 
 
 def _is_finite(source: Checkpoint, name: str) -> bool:
-    if not math.prod(shape := source.tensors[name].shape) or not shape:
+    if not source.tensors[name].shape:
         return True  # fits no module, which is told later
-    return all(bound.isfinite() for rows in source.slices(name, ROWS_AT_ONCE) for bound in torch.aminmax(rows.float()))
+    return all(is_finite(rows) for rows in source.slices(name, ROWS_AT_ONCE))
 
 
 Found = Sequence[TensorInfo | None] | None  # the tensors of a unit; None of an expert that the config leaves out

@@ -4,8 +4,9 @@ It knows files and names, never a model. Next: `models/loading.py` fills modules
 """
 
 from nemotune.weights.checkpoint import Checkpoint, TensorInfo
+from nemotune.weights.dtypes import is_finite
 from nemotune.weights.layout import Layout
 from nemotune.weights.mapping import Piece, Stack
 from nemotune.weights.writer import WritePlan, write_checkpoint
 
-__all__ = ["Checkpoint", "Layout", "Piece", "Stack", "TensorInfo", "WritePlan", "write_checkpoint"]
+__all__ = ["Checkpoint", "Layout", "Piece", "Stack", "TensorInfo", "WritePlan", "is_finite", "write_checkpoint"]

@@ -1,4 +1,4 @@
-"""The dtypes of safetensors headers beside torch's."""
+"""The dtypes of safetensors headers beside torch's, and whether values of one are numbers."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 BYTES: dict[str, int] = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is Inf or NaN: the least and the most would be."""
+    return not values.is_floating_point() or not values.numel() or all(bound.isfinite() for bound in values.aminmax())

@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
 from nemotune.errors import CheckpointError, MissingFileError
 from nemotune.export.megatron.rows import Rows
+from nemotune.weights import is_finite
 from nemotune.weights.dcp import METADATA, DcpDirectory, StoredTensor
 
 LATEST, RUN_CONFIG, TOKENIZER = "latest_checkpointed_iteration.txt", "run_config.yaml", "tokenizer"
@@ -86,7 +86,7 @@ def iteration_of(path: Path) -> Path:
 
 def finite(values: Tensor, name: str) -> Tensor:
     """The values as they are. Raises CheckpointError where one is Inf or NaN."""
-    if values.is_floating_point() and values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():  # NaN is least and most
+    if not is_finite(values):
         raise CheckpointError(f"{name}: holds values that are not finite; copy the checkpoint again, or take an earlier one")
     return values
 

@@ -18,6 +18,7 @@ from nemotune.errors import CheckpointError
 from nemotune.export.gguf.quants.blocks import quantize_q5_0, quantize_q5_1, quantize_q8_0
 from nemotune.export.gguf.quants.k_quants import Q4_K, Q5_K, quantize_k
 from nemotune.export.gguf.quants.q6_k import quantize_q6_k
+from nemotune.weights import is_finite
 
 __all__ = ["KINDS", "block_bytes", "block_length", "quantize", "row_bytes"]
 
@@ -94,7 +95,7 @@ def _rounded(values: Tensor, through: torch.dtype | None) -> Tensor:
 
 
 def _finite(values: Tensor) -> Tensor:
-    if not all(end.isfinite() for end in values.aminmax()):  # NaN and infinity reach them
+    if not is_finite(values):
         raise CheckpointError(
             f"{int((~values.isfinite()).sum())} of {values.numel()} values are not finite as {values.dtype}. Expected finite weights. Look for the "
             "checkpoint's overflow or corruption, or export f32 or bf16, which hold larger numbers than f16"
