@@ -34,7 +34,9 @@ def ollama(
     opened = None if model or gguf else open_recipe(recipe, overrides, run_dir, verb="export ollama")
     from rich.console import Console
 
+    from nemotune.models import locate
     from nemotune.workflow import ollama as workflow
+    from nemotune.workflow.exporting import Source
 
     console = Console()
     if opened:
@@ -44,4 +46,5 @@ def ollama(
     elif gguf and output:
         workflow.of_file(gguf, target=output, overwrite=overwrite, dry_run=dry_run, console=console)
     elif model and output:
-        workflow.of_model(model, adapter, name=None, kind=kind, target=output, overwrite=overwrite, dry_run=dry_run, console=console)
+        source = Source((adapter or model).resolve().name, locate(model), adapter)
+        workflow.of_model(source, kind=kind, target=output, overwrite=overwrite, dry_run=dry_run, console=console)

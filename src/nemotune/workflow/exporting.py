@@ -47,21 +47,25 @@ def gguf(
 ) -> None:
     """Write what a run trained as a file of each of `kinds`, those of the recipe otherwise: base + adapter, or the whole model."""
     kinds = [require_kind(kind) for kind in kinds or recipe.export.gguf or DEFAULT]
-    trained = run_dir / ("adapter" if recipe.method == "lora" else "model")
-    if not trained.is_dir():
-        raise MissingFileError(f"{trained}: nothing trained yet; `nemotune train` comes first")
-    if (run_dir / "recipe.json").is_file():
-        require_same_model(recipe, run_dir)
-    if recipe.method == "lora":
-        source = Source(recipe.name, locate(recipe.model.path, recipe.model.revision, weights=not dry_run), trained)
-    else:
-        source = Source(recipe.name, trained, None)
+    source = source_of(recipe, run_dir, weights=not dry_run)
     export_gguf(source, kinds, output=output or run_dir / "export", overwrite=overwrite, dry_run=dry_run, console=console, alone=alone)
     if recipe.method == "lora" and recipe.model.quantization == "nf4" and not dry_run:
         say(
             console,
             "the adapter learned beside NF4 weights and was merged onto the wide ones: `nemotune merge` and `nemotune eval --model` score that",
         )
+
+
+def source_of(recipe: Recipe, run_dir: Path, *, weights: bool = True) -> Source:
+    """What the run trained; without `weights`, of a base on the hub only the small files are downloaded. Raises MissingFileError, ConflictError."""
+    trained = run_dir / ("adapter" if recipe.method == "lora" else "model")
+    if not trained.is_dir():
+        raise MissingFileError(f"{trained}: nothing trained yet; `nemotune train` comes first")
+    if (run_dir / "recipe.json").is_file():
+        require_same_model(recipe, run_dir)
+    if recipe.method == "lora":
+        return Source(recipe.name, locate(recipe.model.path, recipe.model.revision, weights=weights), trained)
+    return Source(recipe.name, trained, None)
 
 
 def export_gguf(

@@ -11,39 +11,34 @@ from nemotune.data.progress import progress
 from nemotune.errors import MissingFileError
 from nemotune.export.ollama import MODELFILE, modelfile, plan_ollama, served
 from nemotune.export.stream import write
-from nemotune.export.tuned import Tuned, open_tuned
+from nemotune.export.tuned import open_tuned
 from nemotune.files import atomic_file, refuse_target
-from nemotune.models import locate
 from nemotune.recipe import Recipe
+from nemotune.workflow.exporting import Source, source_of
 from nemotune.workflow.messages import say, wrote
-from nemotune.workflow.run_dir import require_same_model
 
 
 def of_run(recipe: Recipe, *, run_dir: Path, kind: str, output: Path | None, overwrite: bool, dry_run: bool, console: Console) -> None:
     """Write what the run trained: base and adapter, or the whole model."""
-    trained = run_dir / ("adapter" if recipe.method == "lora" else "model")
-    if not trained.is_dir():
-        raise MissingFileError(f"{trained}: nothing trained yet; `nemotune train` comes first")
-    if (run_dir / "recipe.json").is_file():
-        require_same_model(recipe, run_dir)
-    base, adapter = (locate(recipe.model.path, recipe.model.revision), trained) if recipe.method == "lora" else (trained, None)
+    source = source_of(recipe, run_dir, weights=not dry_run)
     target = output or run_dir / "export" / "ollama"
-    of_model(base, adapter, name=recipe.name, kind=kind, target=target, overwrite=overwrite, dry_run=dry_run, console=console)
+    of_model(source, kind=kind, target=target, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
-def of_model(
-    directory: Path, adapter: Path | None, *, name: str | None, kind: str, target: Path, overwrite: bool, dry_run: bool, console: Console
-) -> None:
-    """Write the model in `directory`, with `adapter` on top of it, as a GGUF file and its Modelfile."""
-    tuned: Tuned = open_tuned(directory, adapter)
-    plan = plan_ollama(tuned, kind, name=name)
+def of_model(source: Source, *, kind: str, target: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
+    """Write the model and the adapter on it as a GGUF file and its Modelfile."""
+    if dry_run and not any(source.model.glob("*.safetensors")):
+        say(console, f"would download the weights of {source.model} and write {target}")
+        return
+    tuned = open_tuned(source.model, source.adapter)
+    plan = plan_ollama(tuned, kind, name=source.name)
     if dry_run:
         say(console, f"would write {target}: {plan.num_bytes / 1e9:.2f} GB and {MODELFILE}")
         return
-    with progress("writing", total=plan.num_bytes) as advance:
+    with progress(f"writing {target.name}", total=plan.num_bytes, in_bytes=True) as advance:
         verified = write(plan, target, overwrite=overwrite, done=advance)
     say(console, str(verified.run))
-    _end(console, target, name)
+    _end(console, target, source.name)
 
 
 def of_file(gguf: Path, *, target: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
@@ -61,6 +56,5 @@ def of_file(gguf: Path, *, target: Path, overwrite: bool, dry_run: bool, console
     _end(console, target, gguf.stem)
 
 
-def _end(console: Console, target: Path, name: str | None) -> None:
-    created = (name or target.resolve().name).lower()
-    wrote(console, target / MODELFILE, then=f"ollama create {quote(created)} -f {quote(str(target / MODELFILE))}")
+def _end(console: Console, target: Path, name: str) -> None:
+    wrote(console, target / MODELFILE, then=f"ollama create {quote(name.lower())} -f {quote(str(target / MODELFILE))}")

@@ -16,6 +16,7 @@ from nemotune.export.ollama import Served, modelfile, plan_ollama, renderer_of, 
 from nemotune.export.stream import write
 from nemotune.export.tuned import open_tuned
 from nemotune.workflow import ollama as workflow
+from nemotune.workflow.exporting import Source
 
 REAL = os.environ.get("NEMOTUNE_TEST_DATA")
 BUILTIN = Path(ollama.__file__).parents[1] / "data" / "templates"
@@ -91,8 +92,8 @@ def test_the_directory_holds_the_file_and_how_to_ask_it(llama_dir, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(llama_dir, tmp_path):
-    options = dict(name=None, kind="q8_0", target=tmp_path / "ollama", overwrite=False, dry_run=True, console=QUIET)
-    workflow.of_model(llama_dir, None, **options)
+    source = Source("mine", llama_dir, None)
+    workflow.of_model(source, kind="q8_0", target=tmp_path / "ollama", overwrite=False, dry_run=True, console=QUIET)
     assert not list(tmp_path.iterdir())
 
 
