@@ -25,7 +25,7 @@ def gguf(
             "--type", metavar="TYPE", help="f32, f16, bf16, q8_0, q5_k_m or q4_k_m; may be given again. export.gguf or q4_k_m otherwise."
         ),
     ] = None,
-    model: Annotated[Path | None, typer.Option("--model", help="A model's directory, in place of a run's.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="A model's directory or hub id, in place of a run's.")] = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="An adapter on --model.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="A file, or a directory of NAME-TYPE.gguf; export in the run otherwise.")
@@ -46,5 +46,5 @@ def gguf(
     from nemotune.models import locate
     from nemotune.workflow.exporting import DEFAULT, Source, export_gguf
 
-    source = Source((adapter or model).resolve().name, locate(model), adapter)
+    source = Source((adapter or Path(model)).resolve().name, locate(model, weights=not dry_run), adapter)
     export_gguf(source, kinds or DEFAULT, output=output, overwrite=overwrite, dry_run=dry_run, console=Console())

@@ -67,7 +67,7 @@ def test_a_model_is_written_as_each_type(tmp_path):
 
 
 def test_a_dry_run_tells_size_and_share_of_wider_types_and_writes_nothing(tmp_path):
-    told = typed("--model", TINY, "--output", tmp_path / "tiny.gguf", "--dry-run")
+    told = typed("--model", "nemotron-tiny", "--output", tmp_path / "tiny.gguf", "--dry-run")
     assert told.startswith(f"would write {tmp_path}/tiny.gguf: 2.4 MB, 5.36 bits per weight") and not list(tmp_path.iterdir())
 
 
@@ -82,7 +82,7 @@ def test_a_dry_run_tells_size_and_share_of_wider_types_and_writes_nothing(tmp_pa
             "--output: got one file, o.gguf, for 2 types",
         ),
         (["--model", TINY, "--output", "out", "--type", "q4"], UnsupportedError, "--type: got 'q4', expected one of f32"),
-        (["--model", "/nowhere", "--output", "out"], MissingFileError, "/nowhere is no directory"),
+        (["--model", "/nowhere", "--output", "out"], MissingFileError, "/nowhere is no directory, no built-in model and no hub id"),
         (["quickstart", "--run-dir", "/nowhere"], MissingFileError, "/nowhere/adapter: nothing trained yet"),
     ],
 )

@@ -176,6 +176,33 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(changes, message, tmp
         plan_gguf(open_tuned(directory), "f16")
 
 
+def test_a_dense_layer_beside_experts_is_its_shared_expert_and_the_two_that_are_always_chosen(tmp_path):
+    """By their margin: no order of equal scores matters."""
+    directory = saved(tmp_path / "model", "hybrid", hybrid_override_pattern="ME*-", intermediate_size=100)
+    reader, weights = exported(directory), load_file(directory / "model.safetensors")
+    part = {name: torch.from_numpy(np.array(values(reader, f"blk.3.{name}"))) for name in
+            ("ffn_gate_inp.weight", "exp_probs_b.bias", "ffn_up_exps.weight", "ffn_down_exps.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight")}  # fmt: skip
+    up, down = (weights[f"backbone.layers.3.mixer.{name}_proj.weight"].float() for name in ("up", "down"))
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    scores = (x @ part["ffn_gate_inp.weight"].T).sigmoid()
+    chosen = (scores + part["exp_probs_b.bias"]).topk(3).values.diff()  # of the second to the third
+    assert (scores == 0.5).all() and (chosen[:, 1] <= -0.5).all()
+    shared = (x @ part["ffn_up_shexp.weight"].T).relu().square() @ part["ffn_down_shexp.weight"].T
+    routed = sum((x @ part["ffn_up_exps.weight"][e].T).relu().square() @ part["ffn_down_exps.weight"][e].T for e in range(2))
+    assert torch.allclose(shared + 2.5 / 2 * routed, (x @ up.T).relu().square() @ down.T, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_experts_are_refused_by_name(tmp_path):
+    """No checkpoint of these models has them so; convert_hf_to_gguf.py fails on them as well."""
+    directory = saved(tmp_path / "model", "hybrid", hybrid_override_pattern="ME*")
+    weights = load_file(directory / "model.safetensors")
+    up = [f"backbone.layers.1.mixer.experts.{expert}.up_proj.weight" for expert in range(6)]
+    weights["backbone.layers.1.mixer.experts.up_proj"] = torch.stack([weights.pop(name) for name in up])
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts.0.up_proj.weight: missing(.|\n)*experts.up_proj: has no place"):
+        open_tuned(directory)
+
+
 def test_an_unknown_type_is_refused_with_the_nearest():
     with pytest.raises(UnsupportedError, match=r"--type: got 'q4_km', expected one of f32, .*Did you mean 'q4_k_m'\?"):
         plan_gguf(open_tuned(TINY), "q4_km")
