@@ -24,7 +24,12 @@ from nemotune.models.saving import copy_side_files
 from nemotune.weights import Checkpoint, WritePlan
 from nemotune.weights.writer import write_index
 
-SAMPLED_TENSORS, SAMPLED_ROWS, ROWS_AT_ONCE = 64, 256, 1024  # so many updated ones, as many untouched ones; rows of each updated one
+SAMPLED_TENSORS, SAMPLED_ROWS, ROWS_IN_A_ROW, ROWS_AT_ONCE = (
+    64,
+    256,
+    32,
+    1024,
+)  # so many updated ones, as many untouched ones; rows of each updated one
 TRAINED_WITH = ("chat_template.jinja", "generation_config.json")  # the adapter's own win over the base's: it was trained with them
 
 
@@ -86,8 +91,10 @@ def _is_updated(source: Checkpoint, name: str, tuned: Tuned) -> bool:
     assert tuned.adapter is not None
     module, expert = tuned.updates[name]
     num_rows = tuned.infos[name].shape[0]
-    rows = torch.arange(0, num_rows, max(1, num_rows // SAMPLED_ROWS))
-    written, base = (torch.cat([checkpoint.read_rows(name, i, i + 1) for i in rows.tolist()]) for checkpoint in (source, tuned.base))
+    ranges = [(start, min(start + ROWS_IN_A_ROW, num_rows)) for start in range(0, num_rows, ROWS_IN_A_ROW)]
+    ranges = ranges[:: max(1, num_rows // SAMPLED_ROWS)]
+    rows = torch.cat([torch.arange(*some) for some in ranges])
+    written, base = (torch.cat([checkpoint.read_rows(name, *some) for some in ranges]) for checkpoint in (source, tuned.base))
     A, B = tuned.adapter.pairs[module] if expert is None else (t[expert] for t in tuned.adapter.pairs[module])
     A, B = A.double(), B[rows].double()
     its = tuned.adapter.settings[module]

@@ -55,16 +55,22 @@ class Tuned:
         """The tensor's rows in order, each call some of them; one of no or one dim is a single piece."""
         info = self.infos[name]
         if len(info.shape) < 2 or not info.num_bytes:
-            return [partial(self._rows, name, 0, None)]
-        rows = max(1, PIECE_NUMEL // math.prod(info.shape[1:]))
-        return [partial(self._rows, name, start, min(start + rows, info.shape[0])) for start in range(0, info.shape[0], rows)]
+            return [partial(self.rows, name, 0, None)]
+        return [partial(self.rows, name, start, stop) for start, stop in self.row_ranges(name)]
+
+    def row_ranges(self, name: str) -> list[tuple[int, int]]:
+        """The first row of each piece of a matrix, and the one after its last."""
+        shape = self.infos[name].shape
+        step = max(1, PIECE_NUMEL // math.prod(shape[1:]))
+        return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
     def read(self, name: str) -> Tensor:
         """The whole tensor."""
         pieces = self.pieces(name)
         return pieces[0]() if len(pieces) == 1 else torch.cat([piece() for piece in pieces])
 
-    def _rows(self, name: str, start: int, stop: int | None) -> Tensor:
+    def rows(self, name: str, start: int, stop: int | None) -> Tensor:
+        """Rows `start` to `stop` of a tensor, or all of it where `stop` is None, in its dtype on disk. Raises CheckpointError where a value is not finite."""
         weight = self.base.read(name) if stop is None else self.base.read_rows(name, start, stop)
         if name in self.updates:
             assert self.adapter is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +33,8 @@ ROUNDING = {
     "q4_k_m": (0.081, 0.0055),
 }
 MARGIN = 16  # times what noise so wide would lose; 25 files of five models lose 0.2 to 2.4 times that
+POSITIONS_AT_ONCE = 16
+PROMPT_TOKENS = 24  # of a text whose logits are compared: each token costs as much as it does to generate one
 BROKEN = 0.5  # of what the context tells; another model's predictions lose 1 and more
 TEXTS = (
     "What is the weather in Oslo for 3 days? It's 12345.67 m\u00b2,\n\n  don't ask:\tGr\u00fc\u00dfe, \u6771\u4eac \U0001f642!",
@@ -78,7 +80,7 @@ def check(path: Path, tuned: Tuned, kind: str) -> Checked:
             f"{path.name}: llama.cpp's logits are {theirs.shape[1]} a token, expected {vocab_size} finite numbers; export it again"
         )
     if 2 * (needed := reference_bytes(tuned)) > (free := free_host_memory()):
-        room = f"the largest part of the model takes {needed / 1e9:.1f} GB in fp32, of {free / 1e9:.1f} GB free half are used for it"
+        room = f"the largest block of the model takes {needed / 1e9:.1f} GB in fp32, of {free / 1e9:.1f} GB free half are used for it"
         return Checked(kind, len(theirs), not_checked=f"llama.cpp loads it and its logits are finite; not compared with the model: {room}")
     noise = math.hypot(*ROUNDING.get(kind, (0.0,)))
     ours, rounded = (logits.numpy() for logits in reference_logits(tuned, prompts, noise=noise))
@@ -88,12 +90,22 @@ def check(path: Path, tuned: Tuned, kind: str) -> Checked:
 def compare(kind: str, ours: np.ndarray, theirs: np.ndarray) -> Checked:
     """Both [T, V]. What the context tells is the KL divergence of our predictions from their mean, averaged; what is lost, that of theirs from ours,
     at the worst of the best three quarters of positions: rounding sends a token near a tie to another expert, and its prediction far off."""
-    log_p, log_q = _log_softmax(ours), _log_softmax(theirs)
-    p = np.exp(log_p)
-    told = (p * (log_p - np.log(p.mean(0)))).sum(1).mean()
-    lost = np.quantile((p * (log_p - log_q)).sum(1), 0.75)
-    same = (ours.argmax(1) == theirs.argmax(1)).mean()
-    return Checked(kind, len(ours), float(np.abs(ours - theirs).max() / ours.std()), float(lost / told), float(same))
+    num_positions = len(ours)
+    mean_p = sum(np.exp(_log_softmax(rows)).sum(0) for rows in _chunks(ours)) / num_positions
+    told, lost, difference = 0.0, [], 0.0
+    for rows, of_theirs in zip(_chunks(ours), _chunks(theirs), strict=True):
+        log_p = _log_softmax(rows)
+        p = np.exp(log_p)
+        told += float((p * (log_p - np.log(mean_p))).sum()) / num_positions
+        lost.append((p * (log_p - _log_softmax(of_theirs))).sum(1))
+        difference = float(np.maximum(difference, np.abs(rows - of_theirs).max()))  # NaN stays
+    same = float((ours.argmax(1) == theirs.argmax(1)).mean())
+    return Checked(kind, num_positions, difference / float(ours.std()), float(np.quantile(np.concatenate(lost), 0.75)) / told, same)
+
+
+def _chunks(logits_TV: np.ndarray) -> Iterator[np.ndarray]:
+    """A few positions at a time: a vocabulary's probabilities in fp64 take a megabyte each."""
+    return (logits_TV[start : start + POSITIONS_AT_ONCE] for start in range(0, len(logits_TV), POSITIONS_AT_ONCE))
 
 
 def judge(path: Path, found: Checked, rounded: Checked) -> Checked:
@@ -118,7 +130,7 @@ def judge(path: Path, found: Checked, rounded: Checked) -> Checked:
 def _check_tokens(path: Path, tuned: Tuned) -> list[list[int]]:
     """Prompts: the texts' tokens, which have to be the same in both, and some of every part of the vocabulary."""
     vocab_size = tuned.model.config.vocab_size
-    prompts = [list(range(1, vocab_size, max(1, vocab_size // 48)))]
+    prompts = [list(range(1, vocab_size, max(1, vocab_size // 16)))]
     if not (tuned.directory / "tokenizer.json").is_file():
         return prompts
     tokenizer = load_tokenizer(tuned.directory)
@@ -131,7 +143,7 @@ def _check_tokens(path: Path, tuned: Tuned) -> list[list[int]]:
             raise CheckpointError(
                 f"{path.name}: llama.cpp makes other tokens of {text!r}: {tokens}, expected {ours}; is tokenizer.ggml.pre right?"
             )
-        prompts.append(ours)
+        prompts.append(ours[:PROMPT_TOKENS])
     expected = {token for token in (tokenizer.eos_token_id, *_ends_of_generation(tuned.directory)) if token is not None}
     if missing := expected - set(ends):
         raise CheckpointError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nemotune.export.gguf.names import names_on_disk
+from nemotune.export.stream import in_threads
 from nemotune.export.tuned import Tuned
 from nemotune.models.disk_names import tensors_of
 from nemotune.ops.documents import Documents
@@ -24,52 +25,79 @@ UNROUNDED = ("mixer.gate.weight", "mixer.conv1d.weight")  # fp32 in every file, 
 def reference_logits(tuned: Tuned, prompts: Sequence[Sequence[int]], *, noise: float = 0.0) -> tuple[Tensor, Tensor]:
     """[T, V] of all positions of all prompts, which do not see one another; and the same of a model whose matrices are off by `noise` of their
     root mean square, at random: what rounding that wide would do to this model."""
-    model, weights = tuned.model, _Weights(tuned)
-    tokens_T = torch.tensor([token for prompt in prompts for token in prompt])
+    model, weights = tuned.model, _Weights(tuned, noise)
+    used, tokens_T = torch.tensor([token for prompt in prompts for token in prompt]).unique(return_inverse=True)
     borders = torch.tensor([0, *map(len, prompts)]).cumsum(0).to(torch.int32)
-    noises = noise * torch.randn(PERIOD, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
+    with torch.no_grad():  # inference_mode's tensors may not be filled by other threads
         documents = Documents(borders, tokens_T.device)
         rope = model.rope(documents.positions_T)
-        exact, rounded = tokens_T, tokens_T
-        for part in (model.embeddings, *model.blocks, model.final_norm, model.lm_head):
-            args = (documents, rope, None) if part in set(model.blocks) else ()
-            of_part = weights.of(model.embeddings if part is model.lm_head and model.config.tie_word_embeddings else part)
+        exact, rounded = (table[tokens_T] for table in weights.embeddings(used.tolist()))
+        for part in (*model.blocks, model.final_norm):
+            args = (documents, rope, None) if part is not model.final_norm else ()
+            of_part = weights.of(part)
             exact = functional_call(part, of_part, (exact, *args))
             if noise:
-                _add_noise(of_part, noises)
+                weights.add_noise(of_part)
                 rounded = functional_call(part, of_part, (rounded, *args))
-    return exact.float(), (rounded if noise else exact).float()
-
-
-def _add_noise(weights: Mapping[str, Tensor], noise: Tensor) -> None:
-    """Add `noise` [PERIOD], again and again, to each matrix, in units of its root mean square."""
-    for name, weight in weights.items():
-        if weight.dim() > 1 and not name.endswith(UNROUNDED):
-            scale = weight.square().mean().sqrt().item()
-            for values in weight.view(-1).split(PERIOD):
-                values.add_(noise[: len(values)], alpha=scale)
+        return weights.head(exact, rounded if noise else exact)
 
 
 def reference_bytes(tuned: Tuned) -> int:
-    """The most memory that its weights take: those of the largest part in fp32, and the tensors that they are put together from."""
-    model, sizes = tuned.model, {name: math.prod(tensor.shape) for name, tensor in tensors_of(tuned.model).items()}
-    names = {module: f"{name}." for name, module in model.named_modules()}
-    parts = [model.embeddings, model.lm_head, *model.blocks]
-    return 8 * max(sum(size for name, size in sizes.items() if name.startswith(names[part])) for part in parts)
+    """The most memory that weights take at once: those of the largest block, in fp32."""
+    names = {module: f"{name}." for name, module in tuned.model.named_modules()}
+    sizes = {name: math.prod(tensor.shape) for name, tensor in tensors_of(tuned.model).items()}
+    return 4 * max(sum(size for name, size in sizes.items() if name.startswith(names[block])) for block in tuned.model.blocks)
 
 
 class _Weights:
-    """Base + adapter by parts of the model, in fp32 and for the caller to change."""
+    """Base + adapter by parts of the model, in fp32 and for the caller to change; and the noise [PERIOD] that goes on top, again and again."""
 
-    def __init__(self, tuned: Tuned) -> None:
+    def __init__(self, tuned: Tuned, noise: float) -> None:
         self.tuned, self.state, self.on_disk = tuned, tensors_of(tuned.model), names_on_disk(tuned)
         self.names = {module: f"{name}." for name, module in tuned.model.named_modules()}
+        self.noise = noise * torch.randn(PERIOD, generator=torch.Generator().manual_seed(0))
 
     def of(self, part: nn.Module) -> dict[str, Tensor]:
+        """All weights of a part, by their names in it."""
         prefix = self.names[part]
         return {name.removeprefix(prefix): self._read(name) for name in self.state if name.startswith(prefix)}
 
+    def add_noise(self, weights: Mapping[str, Tensor]) -> None:
+        """Add noise to each matrix, in units of its root mean square."""
+        in_threads(self._add_noise, [weight for name, weight in weights.items() if weight.dim() > 1 and not name.endswith(UNROUNDED)])
+
+    def embeddings(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Those rows of the embeddings, and the same with noise."""
+        name = self._matrix(self.tuned.model.embeddings)
+        exact = torch.cat([self.tuned.rows(name, row, row + 1) for row in rows]).float()
+        return exact, self._add_noise(exact.clone())
+
+    def head(self, exact_TD: Tensor, rounded_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The head's outputs [T, V], those of the second input by weights with noise; some rows of it at a time."""
+        model = self.tuned.model
+        name = self._matrix(model.embeddings if model.config.tie_word_embeddings else model.lm_head)
+        of_exact, of_rounded = (exact_TD.new_empty(len(exact_TD), model.config.vocab_size) for _ in range(2))
+
+        def fill(rows: tuple[int, int]) -> None:
+            weight_ND = self.tuned.rows(name, *rows).to(torch.float32, copy=True)
+            of_exact[:, slice(*rows)] = exact_TD @ weight_ND.T
+            of_rounded[:, slice(*rows)] = rounded_TD @ self._add_noise(weight_ND).T
+
+        in_threads(fill, self.tuned.row_ranges(name))
+        return of_exact, of_rounded
+
+    def _matrix(self, part: nn.Module) -> str:
+        return self.on_disk[f"{self.names[part]}weight"][0]
+
+    def _add_noise(self, weight: Tensor) -> Tensor:
+        scale = weight.square().mean().sqrt().item()
+        for values in weight.view(-1).split(PERIOD):
+            values.add_(self.noise[: len(values)], alpha=scale)
+        return weight
+
     def _read(self, name: str) -> Tensor:
-        read = [self.tuned.read(disk_name).to(torch.float32, copy=True) for disk_name in self.on_disk[name]]
-        return torch.stack(read) if len(self.state[name].shape) > read[0].dim() else read[0]
+        """A tensor of the model, put together from those on disk."""
+        whole, on_disk = torch.empty(self.state[name].shape), self.on_disk[name]
+        parts = [whole] if whole.shape == self.tuned.infos[on_disk[0]].shape else whole.unbind()
+        in_threads(lambda pair: pair[0].copy_(self.tuned.read(pair[1])), zip(parts, on_disk, strict=True))
+        return whole
