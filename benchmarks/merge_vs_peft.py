@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.harness import Figures, in_turn, save, table
 from benchmarks.watch import watched
 
-CONTENDERS = ("nemotune", "PEFT", "a copy")
+CONTENDERS = ("nemotune", "its imports alone", "PEFT", "a copy")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def show(figures: dict[str, Figures]) -> str:
     """The figures, and their ratios to PEFT's and to the copy's."""
-    peft, copy = figures["PEFT"], figures["a copy"]
+    peft, plain = figures["PEFT"], figures["a copy"]
     rows = [
-        (name, f"{f['seconds']:.2f}", f"{f['seconds'] / peft['seconds']:.2f}", f"{f['seconds'] / copy['seconds']:.2f}", f"{f['cpu_seconds']:.2f}",
+        (name, f"{f['seconds']:.2f}", f"{f['seconds'] / peft['seconds']:.2f}", f"{f['seconds'] / plain['seconds']:.2f}", f"{f['cpu_seconds']:.2f}",
          f"{f['peak_gb']:.2f}", f"{f['peak_gb'] / peft['peak_gb']:.2f}")
         for name, f in figures.items()
     ]  # fmt: skip
@@ -68,6 +68,12 @@ def _nemotune(base: Path, adapter: Path, out: Path) -> None:
     from nemotune.export.merge import merge
 
     merge(base, adapter, out)
+
+
+def _imports(base: Path, adapter: Path, out: Path) -> None:
+    import nemotune.export.merge  # noqa: F401
+
+    out.mkdir()
 
 
 def _peft(base: Path, adapter: Path, out: Path) -> None:
@@ -81,7 +87,7 @@ def _peft(base: Path, adapter: Path, out: Path) -> None:
     _sync(out)
 
 
-def _copy(base: Path, adapter: Path, out: Path) -> None:
+def copy(base: Path, adapter: Path, out: Path) -> None:
     shutil.copytree(base, out)
     _sync(out)
 
@@ -93,7 +99,7 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-STEPS = {"nemotune": _nemotune, "PEFT": _peft, "a copy": _copy}
+STEPS = {"nemotune": _nemotune, "its imports alone": _imports, "PEFT": _peft, "a copy": copy}
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nemotune.cli.options import DryRun, Overrides, Overwrite, RecipeName, RunDir, carry_out
-from nemotune.errors import RecipeError
+from nemotune.cli.options import Adapter, DryRun, Model, Overrides, Overwrite, RecipeName, RunDir, carry_out
 from nemotune.workflow import processes
 
 app = typer.Typer(add_completion=False)
@@ -25,8 +24,8 @@ def gguf(
             "--type", metavar="TYPE", help="f32, f16, bf16, q8_0, q5_k_m or q4_k_m; may be given again. export.gguf or q4_k_m otherwise."
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="A model's directory or hub id, in place of a run's.")] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="An adapter on --model.")] = None,
+    model: Model = None,
+    adapter: Adapter = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="A file, or a directory of NAME-TYPE.gguf; export in the run otherwise.")
     ] = None,
@@ -38,13 +37,11 @@ def gguf(
         options = {"kinds": kinds or (), "output": output, "overwrite": overwrite, "dry_run": dry_run}
         carry_out("export gguf", recipe, overrides, run_dir, stage="gguf", **options)
         return
-    if model is None or output is None:
-        raise RecipeError(f"{'--model' if model is None else '--output'}: --model and --output go together, with or without --adapter")
     processes.require_alone("export gguf")
     from rich.console import Console
 
-    from nemotune.models import locate
-    from nemotune.workflow.exporting import DEFAULT, Source, export_gguf
+    from nemotune.workflow.exporting import DEFAULT, export_gguf
+    from nemotune.workflow.sources import source_given
 
-    source = Source((adapter or Path(model)).resolve().name, locate(model, weights=not dry_run), adapter)
-    export_gguf(source, kinds or DEFAULT, output=output, overwrite=overwrite, dry_run=dry_run, console=Console())
+    source, target = source_given(model, adapter, output, weights=not dry_run)
+    export_gguf(source, kinds or DEFAULT, output=target, overwrite=overwrite, dry_run=dry_run, console=Console())

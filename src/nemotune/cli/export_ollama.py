@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nemotune.cli.options import DryRun, Overrides, Overwrite, RecipeName, RunDir, open_recipe
+from nemotune.cli.options import Adapter, DryRun, Model, Overrides, Overwrite, RecipeName, RunDir, open_recipe
 from nemotune.errors import RecipeError
 from nemotune.workflow import processes
 
@@ -20,8 +20,8 @@ def ollama(
     overrides: Overrides = None,
     run_dir: RunDir = None,
     kind: Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0, q5_k_m or q4_k_m.")] = "q4_k_m",
-    model: Annotated[Path | None, typer.Option("--model", metavar="DIR", help="A model's directory in place of a run.")] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="The adapter on top of --model.")] = None,
+    model: Model = None,
+    adapter: Adapter = None,
     gguf: Annotated[Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file that is there, in place of a run.")] = None,
     output: Annotated[Path | None, typer.Option("--output", help="The directory to write; export/ollama in the run otherwise.")] = None,
     overwrite: Overwrite = False,
@@ -34,9 +34,8 @@ def ollama(
     opened = None if model or gguf else open_recipe(recipe, overrides, run_dir, verb="export ollama")
     from rich.console import Console
 
-    from nemotune.models import locate
     from nemotune.workflow import ollama as workflow
-    from nemotune.workflow.exporting import Source
+    from nemotune.workflow.sources import source_given
 
     console = Console()
     if opened:
@@ -45,6 +44,6 @@ def ollama(
         )  # fmt: skip
     elif gguf and output:
         workflow.of_file(gguf, target=output, overwrite=overwrite, dry_run=dry_run, console=console)
-    elif model and output:
-        source = Source((adapter or model).resolve().name, locate(model), adapter)
-        workflow.of_model(source, kind=kind, target=output, overwrite=overwrite, dry_run=dry_run, console=console)
+    else:
+        source, target = source_given(model, adapter, output, weights=not dry_run)
+        workflow.of_model(source, kind=kind, target=target, overwrite=overwrite, dry_run=dry_run, console=console)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from nemotune.recipe import Recipe
 
 __all__ = [
+    "Adapter",
     "DryRun",
+    "Model",
     "Opened",
     "Overrides",
     "Overwrite",
@@ -31,6 +33,8 @@ __all__ = [
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe, a YAML file, or the directory of an earlier run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings on top of the recipe: train.epochs=2 ...")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run is kept; runs/NAME of the recipe otherwise.")]
+Model = Annotated[str | None, typer.Option("--model", help="A model's directory or hub id, in place of a run's.")]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="The adapter on --model.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Read back and compare every tensor, not a sample.")]

@@ -9,7 +9,7 @@ from shlex import quote
 from rich.console import Console
 
 from nemotune.data.progress import progress
-from nemotune.errors import ConflictError, MissingFileError, RecipeError, UnsupportedError, did_you_mean
+from nemotune.errors import ConflictError, RecipeError, UnsupportedError, did_you_mean
 from nemotune.export.adapters.gguf_file import plan_for_llama_cpp
 from nemotune.export.adapters.opened import Opened, open_adapter
 from nemotune.export.adapters.peft_files import plan_for_peft, plan_for_vllm, vllm_max_rank
@@ -21,7 +21,7 @@ from nemotune.lora.adapter import CONFIG, OUT_PROJ_NOTE
 from nemotune.models import locate
 from nemotune.recipe import Recipe
 from nemotune.workflow.messages import say, wrote
-from nemotune.workflow.run_dir import require_same_model
+from nemotune.workflow.sources import refuse_reading, refuse_replacing, source_of
 
 PLANS: dict[str, Callable[[Opened], Plan[int]]] = {
     "peft": plan_for_peft,
@@ -38,14 +38,10 @@ def export_of_run(
     """Write the adapter of a run as `reader` reads it."""
     if recipe.method != "lora":
         raise UnsupportedError(f"method: {recipe.method} leaves a whole model in {run_dir / 'model'}, and no adapter; serve that")
-    adapter = run_dir / "adapter"
-    if not adapter.is_dir():
-        raise MissingFileError(f"{adapter}: nothing trained yet; `nemotune train` comes first")
-    if (run_dir / "recipe.json").is_file():
-        require_same_model(recipe, run_dir)
-    base = str(locate(recipe.model.path, recipe.model.revision, weights=False))
+    source = source_of(recipe, run_dir, weights=False)
+    assert source.adapter is not None
     target = output or run_dir / "export" / ("adapter.gguf" if reader == "llama.cpp" else f"adapter-{reader}")
-    export(adapter, base, reader=reader, output=target, overwrite=overwrite, dry_run=dry_run, console=console)
+    export(source.adapter, str(source.model), reader=reader, output=target, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
 def export(adapter: Path, base: str, *, reader: str, output: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
@@ -53,7 +49,7 @@ def export(adapter: Path, base: str, *, reader: str, output: Path, overwrite: bo
     if reader not in PLANS:
         raise RecipeError(f"--for: got {reader!r}.{did_you_mean(reader, PLANS)} Known: {', '.join(PLANS)}")
     base_dir = locate(base, weights=False)
-    _refuse_target(output, adapter=adapter, base=base_dir)
+    _refuse_target(output, adapter, base_dir)
     opened = open_adapter(adapter, base_dir)
     plan = PLANS[reader](opened)
     size = f"{plan.num_bytes / 1e9:.2f} GB, {len(opened.adapter.settings)} modules of {opened.base}"
@@ -90,15 +86,11 @@ def _next(opened: Opened, reader: str, output: Path) -> str | None:
     return f"PeftModel.from_pretrained(base, {str(output)!r})"
 
 
-def _refuse_target(target: Path, **read: Path) -> None:
+def _refuse_target(target: Path, *read: Path) -> None:
     """An adapter takes the place of an adapter, never of anything else, nor of what is read."""
-    for what, path in read.items():
-        if path.resolve().is_relative_to(target.resolve()):
-            raise ConflictError(f"--output: {target} holds the {what} that is read; name another directory")
-    if target.is_dir() and any(target.iterdir()) and not _is_adapter(target):
-        raise ConflictError(
-            f"--output: {target} holds no adapter (no {CONFIG}), so --overwrite does not replace it; name another directory"
-        )
+    for path in read:
+        refuse_reading(path, target, "--output")
+    refuse_replacing(target, "--output", by=_is_adapter, what=f"adapter (no {CONFIG})")
     if target.is_file() and target.suffix != ".gguf":
         raise ConflictError(f"--output: {target} is no GGUF file by its name, so --overwrite does not replace it; name another file")
 

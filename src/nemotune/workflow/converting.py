@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 
 from rich.console import Console
 
 from nemotune.data.progress import progress
-from nemotune.errors import ConflictError, MissingFileError
+from nemotune.errors import MissingFileError
 from nemotune.export.megatron.checkpoint import MegatronCheckpoint, is_megatron, open_megatron
 from nemotune.export.megatron.fitting import Compared
 from nemotune.export.megatron.inspect import inspect as inspect_files
 from nemotune.export.megatron.lora import read_lora
 from nemotune.export.megatron.to_hf import open_export
 from nemotune.export.megatron.to_megatron import plan_import
-from nemotune.export.merge import plan_merge
 from nemotune.export.stream import Plan, write
 from nemotune.export.tuned import open_tuned
 from nemotune.models import locate
+from nemotune.workflow.merging import write_merged
 from nemotune.workflow.messages import say, wrote
+from nemotune.workflow.sources import MODEL, is_model, refuse_reading, refuse_replacing
 
 
 def from_hf(hf: str, megatron: Path, *, verify: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
     """Write a Hugging Face model as a checkpoint of Megatron-Bridge."""
-    _refuse_target(megatron, "--megatron", kept=is_megatron, what="checkpoint of Megatron-Bridge")
+    refuse_replacing(megatron, "--megatron", by=is_megatron, what="checkpoint of Megatron-Bridge")
     source = locate(hf, weights=not dry_run)
-    _refuse_source(source, megatron, "--megatron")
+    refuse_reading(source, megatron, "--megatron")
     if dry_run and not any(source.glob("*.safetensors")):
         say(console, f"would download the weights of {hf} and write {megatron}")
         return
@@ -38,11 +38,11 @@ def from_hf(hf: str, megatron: Path, *, verify: bool, overwrite: bool, dry_run: 
 
 def to_hf(megatron: Path, hf: Path, *, base: str | None, verify: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
     """Write a checkpoint of Megatron-Bridge as a Hugging Face model: its weights, or its LoRA merged into the base."""
-    _refuse_target(hf, "--hf", kept=lambda path: (path / "config.json").is_file(), what="model (no config.json)")
+    refuse_replacing(hf, "--hf", by=is_model, what=MODEL)
     checkpoint = open_megatron(megatron)
     base_dir = locate(base) if base else None
     for source in (checkpoint.directory, *([base_dir] if base_dir else [])):
-        _refuse_source(source, hf, "--hf")
+        refuse_reading(source, hf, "--hf")
     if checkpoint.is_lora:
         _merge(checkpoint, hf, base_dir, overwrite=overwrite, dry_run=dry_run, console=console)
     else:
@@ -85,15 +85,7 @@ def _merge(checkpoint: MegatronCheckpoint, hf: Path, base_dir: Path | None, *, o
             f"{checkpoint.directory}: is a LoRA checkpoint, without a model; name the one that it was trained on with --base"
         )
     tuned = open_tuned(base_dir, checkpoint.directory, read=read_lora)
-    plan = plan_merge(tuned)
-    size = f"{plan.num_bytes / 1e9:.2f} GB, {len(tuned.updates)} of {len(tuned.infos)} tensors updated"
-    if dry_run:
-        say(console, f"would write {hf}: {size}")
-        return
-    with progress("merging", total=plan.num_bytes, in_bytes=True) as advance:
-        verified = write(plan, hf, overwrite=overwrite, done=advance)
-    say(console, f"merged: {size}")
-    say(console, f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")
+    write_merged(tuned, hf, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
 def _carried_out(plan: Plan[Compared], target: Path, *, what: str, overwrite: bool, dry_run: bool, console: Console) -> bool:
@@ -109,14 +101,3 @@ def _carried_out(plan: Plan[Compared], target: Path, *, what: str, overwrite: bo
     more = "" if compared.whole else "; --verify compares all"
     say(console, f"read back and mapped the other way: {told} are the source's, bit for bit{more}")
     return True
-
-
-def _refuse_target(target: Path, option: str, *, kept: Callable[[Path], bool], what: str) -> None:
-    """A model takes the place of a model of its kind, never of anything else, whatever the options."""
-    if target.is_dir() and any(target.iterdir()) and not kept(target):
-        raise ConflictError(f"{option}: {target} holds no {what}, so --overwrite does not replace it; name another directory")
-
-
-def _refuse_source(source: Path, target: Path, option: str) -> None:
-    if source.resolve().is_relative_to(target.resolve()):
-        raise ConflictError(f"{option}: {target} holds what is read, which --overwrite does not replace; name another directory")

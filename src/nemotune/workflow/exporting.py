@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
 from rich.console import Console
 
 from nemotune.data.progress import progress
-from nemotune.errors import ConflictError, MissingFileError
+from nemotune.errors import ConflictError
 from nemotune.export.gguf.names import left_out
 from nemotune.export.gguf.plan import Verified, fallback, plan_gguf
 from nemotune.export.gguf.types import require_kind
 from nemotune.export.stream import Plan, write
 from nemotune.export.tuned import Tuned, open_tuned
 from nemotune.files import refuse_target
-from nemotune.models import locate
 from nemotune.recipe import Recipe
 from nemotune.workflow.messages import say, wrote
-from nemotune.workflow.run_dir import require_same_model
+from nemotune.workflow.sources import Source, source_of
 
 DEFAULT = ("q4_k_m",)
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is exported: the model in a directory, an adapter on it, and the name of both together."""
-
-    name: str
-    model: Path
-    adapter: Path | None
 
 
 def gguf(
@@ -56,18 +45,6 @@ def gguf(
         )
 
 
-def source_of(recipe: Recipe, run_dir: Path, *, weights: bool = True) -> Source:
-    """What the run trained; without `weights`, of a base on the hub only the small files are downloaded. Raises MissingFileError, ConflictError."""
-    trained = run_dir / ("adapter" if recipe.method == "lora" else "model")
-    if not trained.is_dir():
-        raise MissingFileError(f"{trained}: nothing trained yet; `nemotune train` comes first")
-    if (run_dir / "recipe.json").is_file():
-        require_same_model(recipe, run_dir)
-    if recipe.method == "lora":
-        return Source(recipe.name, locate(recipe.model.path, recipe.model.revision, weights=weights), trained)
-    return Source(recipe.name, trained, None)
-
-
 def export_gguf(
     source: Source, kinds: Sequence[str], *, output: Path, overwrite: bool, dry_run: bool, console: Console, alone: bool = True
 ) -> None:
@@ -76,7 +53,7 @@ def export_gguf(
     for target in targets.values():
         if not dry_run:
             refuse_target(target, overwrite=overwrite, is_file=True)
-    if dry_run and not any(source.model.glob("*.safetensors")):
+    if dry_run and not source.has_weights:
         say(console, f"would download the weights of {source.model} and write {', '.join(map(str, targets.values()))}")
         return
     tuned = open_tuned(source.model, source.adapter)

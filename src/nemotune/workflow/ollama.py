@@ -14,8 +14,8 @@ from nemotune.export.stream import write
 from nemotune.export.tuned import open_tuned
 from nemotune.files import atomic_file, refuse_target
 from nemotune.recipe import Recipe
-from nemotune.workflow.exporting import Source, source_of
 from nemotune.workflow.messages import say, wrote
+from nemotune.workflow.sources import Source, source_of
 
 
 def of_run(recipe: Recipe, *, run_dir: Path, kind: str, output: Path | None, overwrite: bool, dry_run: bool, console: Console) -> None:
@@ -27,7 +27,7 @@ def of_run(recipe: Recipe, *, run_dir: Path, kind: str, output: Path | None, ove
 
 def of_model(source: Source, *, kind: str, target: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
     """Write the model and the adapter on it as a GGUF file and its Modelfile."""
-    if dry_run and not any(source.model.glob("*.safetensors")):
+    if dry_run and not source.has_weights:
         say(console, f"would download the weights of {source.model} and write {target}")
         return
     tuned = open_tuned(source.model, source.adapter)

@@ -16,7 +16,7 @@ from nemotune.export.ollama import Served, modelfile, plan_ollama, renderer_of, 
 from nemotune.export.stream import write
 from nemotune.export.tuned import open_tuned
 from nemotune.workflow import ollama as workflow
-from nemotune.workflow.exporting import Source
+from nemotune.workflow.sources import Source
 
 REAL = os.environ.get("NEMOTUNE_TEST_DATA")
 BUILTIN = Path(ollama.__file__).parents[1] / "data" / "templates"

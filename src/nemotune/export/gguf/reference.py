@@ -90,7 +90,7 @@ class _Weights:
         return self.on_disk[f"{self.names[part]}weight"][0]
 
     def _add_noise(self, weight: Tensor) -> Tensor:
-        scale = weight.square().mean().sqrt().item()
+        scale = torch.linalg.vector_norm(weight).item() / math.sqrt(weight.numel())
         for values in weight.view(-1).split(PERIOD):
             values.add_(self.noise[: len(values)], alpha=scale)
         return weight
