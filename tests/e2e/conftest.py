@@ -85,3 +85,25 @@ def nemotune(tmp_path):
         return subprocess.CompletedProcess(command, process.returncode, output)
 
     return call
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a real disk of some bytes at a path; a size again changes it. What is on it is gone when the test is done."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size: int, *, change: bool = False) -> Path:
+        if not change:
+            unmount()
+        options = f"{'remount,' if change else ''}size={max(size, 4096)}"  # 0 would be without an end
+        if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs root")
+        return disk
+
+    def unmount() -> None:
+        if os.path.ismount(disk):
+            subprocess.run(["umount", "-l", disk], check=True)
+
+    yield mount
+    unmount()

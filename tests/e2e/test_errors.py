@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
 from itertools import accumulate
 from pathlib import Path
 
@@ -85,28 +83,6 @@ def test_a_wrong_shaped_tensor(nemotune, recipe_file, small_model, tmp_path):
     tensors[name] = tensors[name][:-1].contiguous()
     save_file(tensors, shard)
     refused(nemotune("train", recipe_file, f"model.path={model}"), name, "got shape (31, 32), expected (32, 32)", run_dir=tmp_path / "runs")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mounts a real disk of some bytes at a path; a size again changes it. What is on it is gone when the test is done."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(size: int, *, change: bool = False) -> Path:
-        if not change:
-            unmount()
-        options = f"{'remount,' if change else ''}size={max(size, 4096)}"  # 0 would be without an end
-        if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True).returncode:
-            pytest.skip("mounting a small disk needs root")
-        return disk
-
-    def unmount() -> None:
-        if os.path.ismount(disk):
-            subprocess.run(["umount", "-l", disk], check=True)
-
-    yield mount
-    unmount()
 
 
 def test_a_full_disk(nemotune, recipe_file, small_disk, tmp_path):

@@ -1,4 +1,5 @@
-"""Every export, killed by -9 at random moments: what it was to replace is as it was, or whole; the next run completes it and leaves nothing beside."""
+"""Every export, killed by -9 at random moments or out of disk: what it was to replace is as it was, or whole; the next run completes it and leaves
+nothing beside."""
 
 from __future__ import annotations
 
@@ -15,9 +16,16 @@ import torch
 from random_models import make
 from toy_gguf import SIDE_FILES, TINY
 
+from nemotune.errors import DiskFullError
 from nemotune.export import stream
+from nemotune.export.adapters.gguf_file import plan_for_llama_cpp
+from nemotune.export.adapters.opened import open_adapter
+from nemotune.export.adapters.peft_files import plan_for_vllm
 from nemotune.export.gguf import llama_cpp
 from nemotune.export.gguf.plan import plan_gguf
+from nemotune.export.megatron.checkpoint import open_megatron
+from nemotune.export.megatron.lora_files import plan_lora
+from nemotune.export.megatron.to_hf import open_export
 from nemotune.export.megatron.to_megatron import plan_import
 from nemotune.export.merge import plan_merge
 from nemotune.export.stream import write
@@ -60,10 +68,33 @@ def packed(base: Path, adapter: Path, target: Path) -> None:
         write(plan_gguf(open_tuned(base, adapter), "q4_k_m"), target, overwrite=True)
 
 
+def exported(base: Path, adapter: Path, target: Path) -> None:
+    megatron = base.with_name("megatron")
+    if not megatron.is_dir():
+        imported(base, adapter, megatron)
+    write(open_export(open_megatron(megatron), base).plan(), target, overwrite=True)
+
+
+def for_vllm(base: Path, adapter: Path, target: Path) -> None:
+    write(plan_for_vllm(open_adapter(adapter, base)), target, overwrite=True)
+
+
+def for_llama_cpp(base: Path, adapter: Path, target: Path) -> None:
+    write(plan_for_llama_cpp(open_adapter(adapter, base)), target, overwrite=True)
+
+
+def for_megatron(base: Path, adapter: Path, target: Path) -> None:
+    write(plan_lora(open_adapter(adapter, base)), target, overwrite=True)
+
+
 EXPORTS: dict[str, tuple[str, Callable[[Path, Path, Path], object]]] = {
     "merge": ("out", merged),
     "megatron": ("out", imported),
     "gguf": ("out.gguf", packed),
+    "megatron to hf": ("out", exported),
+    "adapter for vllm": ("out", for_vllm),
+    "adapter for llama.cpp": ("out.gguf", for_llama_cpp),
+    "adapter for megatron": ("out", for_megatron),
 }
 
 
@@ -110,3 +141,22 @@ def test_a_killed_export_leaves_its_target_as_it_was_or_whole_and_the_next_run_c
     assert died >= 3, "killed while it ran"
     export(*tuned_dirs, target)
     assert contents(target) == whole and [path.name for path in tmp_path.iterdir()] == [filename]
+
+
+@pytest.mark.parametrize("name", ["merge", "gguf", "megatron"])
+def test_a_disk_that_fills_leaves_the_target_as_it_was_and_the_next_run_goes_on(name, tuned_dirs, small_disk, monkeypatch):
+    """On a real small disk, where space seemed to be enough when the export began."""
+    filename, export = EXPORTS[name]
+    disk = small_disk(2**26)
+    export(*tuned_dirs, disk / filename)
+    whole, used = contents(disk / filename), 2**26 - shutil.disk_usage(disk).free
+    small_disk(int(1.6 * used), change=True)
+    with pytest.raises(DiskFullError, match="are needed"):
+        export(*tuned_dirs, disk / filename)
+    monkeypatch.setattr("nemotune.export.stream.require_space", lambda directory, needed: None)
+    with pytest.raises(DiskFullError, match=r"the disk is full; what is done lies in .*\.partial"):
+        export(*tuned_dirs, disk / filename)
+    assert contents(disk / filename) == whole
+    small_disk(2**26, change=True)
+    export(*tuned_dirs, disk / filename)
+    assert contents(disk / filename) == whole and [path.name for path in disk.iterdir()] == [filename]

@@ -1,15 +1,12 @@
 """The one way in which an export is written: planned from headers, streamed aside, verified, renamed.
 
 A plan says which files there will be and which pieces each consists of. Pieces are made in threads, a few ahead of what is written, in order:
-memory is a few pieces, whatever the model's size. They lie in `.NAME.partial/` until all are there, read back and on the disk; a journal
-beside them says how far they are, so that whoever writes the same next goes on from there. What a format's bytes are is in the other modules.
+memory is a few pieces, whatever the model's size. They lie in `.NAME.partial/` (`staging.py`) until all are there, read back and on the disk;
+whoever writes the same next goes on from what a stopped export left there. What a format's bytes are is in the other modules.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
 import shutil
 from collections import deque
@@ -24,17 +21,16 @@ from typing import IO, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from nemotune.errors import ConflictError, DiskFullError, NemotuneError
+from nemotune.errors import DiskFullError, NemotuneError
+from nemotune.export.staging import Ends, Staging
 from nemotune.files import disk_full_is_readable, partial_path, refuse_target, require_space, sync_tree, take_place
 
 Report, Item, Result = TypeVar("Report"), TypeVar("Item"), TypeVar("Result")
 Buffer = bytes | memoryview
 Piece = Callable[[], Buffer]  # makes some of a part's bytes, in a thread of its own; torch has one thread there
-Ends = Mapping[str, list[int]]  # file -> where each of its parts ends
 
 THREADS = min(16, os.cpu_count() or 1)
 SYNC_BYTES = 256_000_000  # at most so many are written anew after a loss of power
-JOURNAL = "journal"
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def write(plan: Plan[Report], target: Path, *, overwrite: bool = False, done: Ca
     staging = partial_path(target)
     content = staging / target.name
     place = {file.name: content if plan.is_file else content / file.name for file in plan.files}
-    with disk_full_is_readable(target, left=_what_is_left(staging)), _Journal(staging, plan.identity, place) as journal:
+    with disk_full_is_readable(target, left=_what_is_left(staging)), Staging(staging, plan.identity, place) as journal:
         _require_space(plan, journal)
         for path in (content / "_", *place.values()) if not plan.is_file else ():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,17 +135,17 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def _require_space(plan: Plan[Any], journal: _Journal) -> None:
+def _require_space(plan: Plan[Any], journal: Staging) -> None:
     try:
-        require_space(journal.staging.parent, plan.num_bytes - journal.num_bytes)
+        require_space(journal.path.parent, plan.num_bytes - journal.num_bytes)
     except DiskFullError:
         if not journal.num_bytes:
-            shutil.rmtree(journal.staging, ignore_errors=True)
+            shutil.rmtree(journal.path, ignore_errors=True)
         raise
 
 
 def _write_file(
-    path: Path, file: OutputFile, journal: _Journal, pool: ThreadPoolExecutor, syncing: ThreadPoolExecutor, done: Callable[[int], None]
+    path: Path, file: OutputFile, journal: Staging, pool: ThreadPoolExecutor, syncing: ThreadPoolExecutor, done: Callable[[int], None]
 ) -> None:
     """Write what is missing of the file, some pieces ahead in the making, and have it on the disk, which begins while more is written."""
     ends = journal.ends.setdefault(file.name, [])
@@ -193,81 +189,13 @@ def _write_all(out: IO[bytes], buffer: Buffer) -> int:
     return len(buffer)
 
 
-def _sync_and_note(out: IO[bytes], file: OutputFile, journal: _Journal, num_parts: int) -> None:
+def _sync_and_note(out: IO[bytes], file: OutputFile, journal: Staging, num_parts: int) -> None:
     os.fsync(out.fileno())
     journal.note(file.name, num_parts)
 
 
 def _no_bytes() -> bytes:
     return b""
-
-
-class _Journal:
-    """The staging directory: how far each file in it is, for whoever writes the same; that of anything else is emptied. One process at a time has it."""
-
-    def __init__(self, staging: Path, identity: Mapping[str, Any], place: Mapping[str, Path]):
-        self.staging, self.place = staging, place
-        self.head = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.ends: dict[str, list[int]] = {}
-        self._noted: dict[str, int] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(ends[-1] for ends in self.ends.values() if ends)
-
-    def __enter__(self) -> _Journal:
-        if self.staging.is_file():
-            self.staging.unlink()
-        self.staging.mkdir(exist_ok=True)
-        self._file = (self.staging / JOURNAL).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConflictError(f"{self.staging}: another process writes there at this moment; wait for it or write elsewhere") from error
-        self._file.seek(0)
-        head, *lines = self._file.read().splitlines() or [""]
-        self.ends = dict(_parsed(lines)) if head == self.head else {}
-        if head != self.head or not all(self._is_there(name, ends[-1]) for name, ends in self.ends.items()):
-            self._empty()
-        self._noted = {name: len(ends) for name, ends in self.ends.items()}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def note(self, name: str, num_parts: int) -> None:
-        """So many parts of the file `name` are on the disk."""
-        for end in self.ends[name][self._noted.get(name, 0) : num_parts]:
-            self._file.write(json.dumps([name, end]) + "\n")
-        self._noted[name] = num_parts
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _is_there(self, name: str, num_bytes: int) -> bool:
-        return name in self.place and self.place[name].is_file() and self.place[name].stat().st_size >= num_bytes
-
-    def _empty(self) -> None:
-        self.ends = {}
-        for path in self.staging.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != JOURNAL:
-                path.unlink()
-        self._file.truncate(0)
-        self._file.write(self.head + "\n")
-        self._file.flush()
-
-
-def _parsed(lines: list[str]) -> Iterator[tuple[str, list[int]]]:
-    """File and ends, up to a line that was cut off."""
-    found: dict[str, list[int]] = {}
-    for line in lines:
-        try:
-            name, end = json.loads(line)
-        except ValueError:
-            break
-        found.setdefault(name, []).append(end)
-    yield from found.items()
 
 
 def _what_is_left(staging: Path) -> str:
