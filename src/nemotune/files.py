@@ -74,6 +74,8 @@ def refuse_target(target: Path, *, overwrite: bool, is_file: bool = False) -> No
         return
     if not overwrite:
         raise ConflictError(f"{target}: already exists; choose another {'name' if is_file else 'directory'} or pass --overwrite")
+    if target.name in ("", "..") or target.is_mount():
+        raise ConflictError(f"{target}: is a mount point or relative to where you are, and cannot be replaced; name a new directory in it")
     if is_file != target.is_file():
         kinds = ("directory", "file") if is_file else ("file", "directory")
         raise ConflictError(f"{target}: is a {kinds[0]}, which --overwrite does not replace by a {kinds[1]}; choose another name")
@@ -137,8 +139,13 @@ def _says_disk_full(error: Exception) -> bool:
 
 
 def take_place(aside: Path, target: Path) -> None:
-    """Rename `aside`, a file or a directory, to `target`. What was there before is deleted last: at no moment is `target` half of anything."""
-    if target.is_dir():
+    """Rename `aside`, a file or a directory, to `target`. What was there before is deleted last: at no moment is `target` half of anything.
+
+    Where `target` is a link the link goes, and what it names stays.
+    """
+    if target.is_symlink() and aside.is_dir():
+        target.unlink()
+    if target.is_dir() and not target.is_symlink():
         if not _exchange(aside, target):
             old = target.with_name(f".{target.name}.old")
             shutil.rmtree(old, ignore_errors=True)

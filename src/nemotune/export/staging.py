@@ -1,6 +1,7 @@
 """The directory in which an export lies until it is whole, with a journal of what is on the disk, for whoever writes the same next.
 
-The journal is text: a digest of all that decides the bytes, then a line for each part that was synced. What is written is `stream.py`'s.
+The journal is text: a digest of all that decides the bytes, then a line for each part that was synced, with the inode of its file: where an
+old target was swapped in and not yet deleted, its files lie under the same names. What is written is `stream.py`'s.
 """
 
 from __future__ import annotations
@@ -39,18 +40,15 @@ class Staging:
         return sum(ends[-1] for ends in self.ends.values() if ends)
 
     def __enter__(self) -> Staging:
-        if self.path.is_file():
+        if self.path.is_file() or self.path.is_symlink():
             self.path.unlink()
         self.path.mkdir(exist_ok=True)
-        self._file = (self.path / JOURNAL).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConflictError(f"{self.path}: another process writes there at this moment; wait for it or write elsewhere") from error
+        self._lock()
         self._file.seek(0)
         head, *lines = self._file.read().split("\n")
-        self.ends = _parsed(lines) if head == self.head else {}
-        if head != self.head or not all(self._is_there(name, ends[-1]) for name, ends in self.ends.items()):
+        noted = _parsed(lines) if head == self.head else {}
+        self.ends = {name: ends for (name, _), ends in noted.items()}
+        if head != self.head or not all(self._is_there(name, inode, ends[-1]) for (name, inode), ends in noted.items()):
             self._empty()
         self._file.truncate(0)
         self._file.write(self.head + "\n")
@@ -63,14 +61,29 @@ class Staging:
 
     def note(self, name: str, num_parts: int) -> None:
         """So many parts of the file `name` are on the disk."""
+        inode = self.place[name].stat().st_ino
         for end in self.ends[name][self._noted.get(name, 0) : num_parts]:
-            self._file.write(json.dumps([name, end]) + "\n")
+            self._file.write(json.dumps([name, inode, end]) + "\n")
         self._noted[name] = num_parts
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _is_there(self, name: str, num_bytes: int) -> bool:
-        return name in self.place and self.place[name].is_file() and self.place[name].stat().st_size >= num_bytes
+    def _lock(self) -> None:
+        """Have the journal alone. Who had it may have ended meanwhile, and have deleted it: then the lock is on a file without a name."""
+        try:
+            self._file = (self.path / JOURNAL).open("a+", encoding="utf-8", errors="replace")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(self._file.fileno()), (self.path / JOURNAL).stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            raise ConflictError(f"{self.path}: another process writes there at this moment; wait for it or write elsewhere")
+
+    def _is_there(self, name: str, inode: int, num_bytes: int) -> bool:
+        if name not in self.place or not self.place[name].is_file():
+            return False
+        found = self.place[name].stat()
+        return found.st_ino == inode and found.st_size >= num_bytes
 
     def _empty(self) -> None:
         self.ends = {}
@@ -81,13 +94,17 @@ class Staging:
                 path.unlink()
 
 
-def _parsed(lines: list[str]) -> dict[str, list[int]]:
-    """File and ends, up to a line that was cut off."""
-    found: dict[str, list[int]] = {}
+def _parsed(lines: list[str]) -> dict[tuple[str, int], list[int]]:
+    """File with its inode, and ends, up to a line that was cut off."""
+    found: dict[tuple[str, int], list[int]] = {}
     for line in lines:
         try:
-            name, end = json.loads(line)
+            value = json.loads(line)
         except ValueError:
             break
-        found.setdefault(name, []).append(end)
+        match value:
+            case [str(name), int(inode), int(end)]:
+                found.setdefault((name, inode), []).append(end)
+            case _:
+                break
     return found

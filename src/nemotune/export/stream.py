@@ -107,6 +107,7 @@ def write(plan: Plan[Report], target: Path, *, overwrite: bool = False, done: Ca
             raise
         if not plan.is_file:
             sync_tree(content)
+        refuse_target(target, overwrite=overwrite, is_file=plan.is_file)  # it may have come meanwhile
         take_place(content, target)
         shutil.rmtree(staging, ignore_errors=True)
     return report
@@ -124,10 +125,10 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def fingerprint(*paths: Path) -> list[list[Any]]:
-    """Which files, or directories of files, are read: names, sizes and times of change."""
+    """Which files, or directories of files, are read: names, sizes and times of change, which copies may keep, but for the system's own."""
     found = [sorted(path.iterdir()) if path.is_dir() else [path] for path in paths]
     stats = [(file, file.stat()) for files in found for file in files if file.is_file()]
-    return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for file, stat in stats]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,8 +52,9 @@ class Checkpoint:
         self.directory = Path(directory)
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, int] = {}  # of the first byte of each tensor in its file
+        file_of = {} if files else self._index.get("weight_map", {})
         for file in files or self._shard_files():
-            self._read_header(file)
+            self._read_header(file, file_of)
         if not files:
             self._check_index()
 
@@ -103,10 +104,10 @@ class Checkpoint:
             return {}
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
-            files = set(index["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+            outside = sorted(file for file in set(index["weight_map"].values()) if Path(file).name != file)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(_unreadable(path, error)) from error
-        if outside := sorted(file for file in files if Path(file).name != file):
+        if outside:
             raise CheckpointError(f"{path}: weight_map names {outside[0]!r}, expected file names of this directory")
         return index
 
@@ -126,15 +127,22 @@ class Checkpoint:
             )
         return files
 
-    def _read_header(self, file: str) -> None:
+    def _read_header(self, file: str, file_of: Mapping[str, str]) -> None:
+        """Note the tensors of a shard; `file_of` says of which one a tensor that lies in several is taken."""
+        path, found = self.directory / file, []
         try:
-            with safe_open(self.directory / file, "pt") as shard:
+            with safe_open(path, "pt") as shard:
                 for name in shard.offset_keys():
                     view = shard.get_slice(name)
-                    self.tensors[name] = TensorInfo(name, file, view.get_dtype(), tuple(view.get_shape()))
-            self._places |= _places(self.directory / file)
+                    found.append(TensorInfo(name, file, view.get_dtype(), tuple(view.get_shape())))
+            places = _places(path)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(_unreadable(self.directory / file, error)) from error
+            raise CheckpointError(_unreadable(path, error)) from error
+        for info in found:
+            if info.dtype not in BYTES:
+                raise CheckpointError(f"{path}: {info.name}: {info.dtype}, expected one of {', '.join(BYTES)}; use the BF16 release")
+            if file_of.get(info.name, file) == file:
+                self.tensors[info.name], self._places[info.name] = info, places[info.name]
 
     def _check_index(self) -> None:
         if not self._index:
@@ -142,7 +150,7 @@ class Checkpoint:
         promised = set(self._index["weight_map"])
         if lost := sorted(promised - set(self.tensors)):
             raise CheckpointError(
-                f"{self.directory / INDEX_FILE}: names {len(lost)} tensors that no shard holds, first {lost[0]}; download again"
+                f"{self.directory / INDEX_FILE}: names {len(lost)} tensors that their shards do not hold, first {lost[0]}; download again"
             )
 
 

@@ -12,6 +12,7 @@ import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,10 @@ class DcpDirectory:
             raise CheckpointError(f"{self.directory}: {name}: its chunks do not fill {list(sizes)} from {list(offsets)} on; copy all files")
         found = [(chunk, *chunk.overlap(offsets, sizes)) for chunk in stored.chunks]
         found = [(chunk, first, shared) for chunk, first, shared in found if math.prod(shared)]
+        if any(math.prod(one.overlap(other.offsets, other.sizes)[1]) for (one, *_), (other, *_) in combinations(found, 2)):
+            raise CheckpointError(
+                f"{self.directory}: {name}: its chunks lie over one another and do not fill it; copy the checkpoint again"
+            )
         if len(found) == 1:
             return self._part(stored, *found[0])
         whole = torch.empty(tuple(sizes), dtype=stored.dtype)

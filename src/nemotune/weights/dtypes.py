@@ -15,4 +15,6 @@ BYTES: dict[str, int] = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.it
 
 def is_finite(values: torch.Tensor) -> bool:
     """Whether no value is Inf or NaN: the least and the most would be."""
+    if values.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        values = values.float()  # torch does not compare them
     return not values.is_floating_point() or not values.numel() or all(bound.isfinite() for bound in values.aminmax())

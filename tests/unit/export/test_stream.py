@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from nemotune.errors import CheckpointError, ConflictError, DiskFullError
-from nemotune.export import stream
-from nemotune.export.stream import OutputFile, Part, Plan, write
+from nemotune.export import staging, stream
+from nemotune.export.stream import OutputFile, Part, Plan, fingerprint, write
+from nemotune.files import staged_directory, take_place
 
 KB = 1000
 
@@ -93,6 +94,97 @@ def test_the_old_directory_goes_when_the_new_one_is_in_place(tmp_path, monkeypat
         monkeypatch.setattr("nemotune.files._exchange", lambda *paths: False)
     write(plan("efgh"), tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out")["y"].startswith(b"g") and listed(tmp_path) == ["out"]
+
+
+def test_a_link_is_replaced_and_what_it_names_is_kept(tmp_path):
+    """Of a directory, of a file, and where the staging should lie: nothing behind a link is written or deleted."""
+    write(plan(), tmp_path / "kept")
+    for name in ("out", ".out.partial"):
+        (tmp_path / name).symlink_to("kept")
+    write(plan("efgh"), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out")["x"].startswith(b"e") and not (tmp_path / "out").is_symlink()
+    (tmp_path / "link").symlink_to("kept")
+    with staged_directory(tmp_path / "link", overwrite=True) as aside:
+        (aside / "new").touch()
+    assert listed(tmp_path / "link") == ["new"]
+    assert contents(tmp_path / "kept") == WHOLE and listed(tmp_path) == ["kept", "link", "out"]
+
+
+@pytest.mark.parametrize("target", ["/", ".", ".."])
+def test_what_cannot_be_renamed_is_refused_before_the_first_byte(tmp_path, monkeypatch, target):
+    """A mount point too, of which `/` is one."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConflictError, match="cannot be replaced"):
+        write(plan(), Path(target), overwrite=True, done=lambda _: pytest.fail("wrote"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_came_to_the_target_meanwhile_is_kept(tmp_path):
+    def comes(directory: Path) -> str:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "of another").touch()
+        return "verified"
+
+    with pytest.raises(ConflictError, match="already exists"):
+        write(plan(verify=comes), tmp_path / "out")
+    assert listed(tmp_path / "out") == ["of another"]
+    assert write(plan(), tmp_path / "out", overwrite=True) == "verified", "its staging is gone on from"
+
+
+def test_an_old_target_that_was_swapped_but_not_yet_deleted_is_no_staging(tmp_path, monkeypatch):
+    """Killed in between, the old directory lies where the new one was staged: names and sizes alike, bytes of another model."""
+    write(plan("efgh"), tmp_path / "out")
+
+    def swapped(aside: Path, target: Path) -> None:
+        take_place(aside, target)
+        aside.mkdir()
+        for name in ("x", "y"):
+            shutil.copyfile(old / name, aside / name)
+        raise Interrupted
+
+    old = tmp_path / "copy"
+    shutil.copytree(tmp_path / "out", old)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "take_place", swapped)
+        with pytest.raises(Interrupted):
+            write(plan(), tmp_path / "out", overwrite=True)
+    write(plan(), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == WHOLE
+
+
+def test_a_staging_that_its_owner_took_away_is_not_written_to(tmp_path, monkeypatch):
+    """Between opening the journal and locking it, the process that had it may end and delete it."""
+    lock = staging.fcntl.flock
+
+    def ends(*args) -> None:
+        shutil.rmtree(tmp_path / ".out.partial")
+        lock(*args)
+
+    monkeypatch.setattr(staging.fcntl, "flock", ends)
+    with pytest.raises(ConflictError, match="another process"):
+        write(plan(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("line", ["null", "[1, 2]", '["x", "3"]', '["x"]', "\\0\\0"])
+def test_a_journal_of_something_else_counts_for_nothing(tmp_path, monkeypatch, line):
+    monkeypatch.setattr(stream, "SYNC_BYTES", 1)
+    with pytest.raises(Interrupted):
+        write(plan(), tmp_path / "out", done=stop_after(10 * KB))
+    journal = tmp_path / ".out.partial" / "journal"
+    journal.write_text(journal.read_text().split("\n")[0] + f"\n{line}\n")
+    write(plan(), tmp_path / "out")
+    assert contents(tmp_path / "out") == WHOLE
+
+
+def test_what_is_read_is_known_by_more_than_its_size_and_time(tmp_path):
+    """Copies that keep their times: `cp -p`, rsync."""
+    found = []
+    for text in ("one", "two"):
+        (tmp_path / "base").write_text(text)
+        os.utime(tmp_path / "base", (1, 1))
+        found.append(fingerprint(tmp_path / "base"))
+        time.sleep(0.02)  # a file system's clock has ticks
+    assert found[0] != found[1]
 
 
 class Interrupted(BaseException):

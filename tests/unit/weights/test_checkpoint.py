@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemotune.errors import CheckpointError, MissingFileError
-from nemotune.weights import Checkpoint, Stack, WritePlan, write_checkpoint
+from nemotune.weights import Checkpoint, Stack, WritePlan, is_finite, write_checkpoint
+from nemotune.weights.dtypes import TORCH_DTYPES
 from nemotune.weights.mapping import pieces_of
 
 TENSORS = {
@@ -65,6 +66,38 @@ def test_an_index_cannot_point_outside_its_directory(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="secret"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index", [[], {"weight_map": 3}, {"weight_map": {"a": 5}}, {"weight_map": {"a": ["x"]}}, {"weight_map": {"a": None}}, {}]
+)
+def test_an_index_of_something_else_is_named(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="index.json: cannot be read"):
+        Checkpoint(tmp_path)
+
+
+def test_of_a_tensor_in_two_shards_the_indexs_counts(tmp_path):
+    index = sharded(tmp_path)
+    save_file({"a": torch.zeros(2), "b": torch.ones(2)}, tmp_path / index["weight_map"]["b"])
+    assert Checkpoint(tmp_path).read("a").tolist() == [1, 1]
+    index["weight_map"] |= {"a": index["weight_map"]["b"], "b": index["weight_map"]["a"]}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="first b"):
+        Checkpoint(tmp_path)
+
+
+def test_a_dtype_that_is_not_known_is_named(tmp_path):
+    head = json.dumps({"a": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(8))
+    with pytest.raises(CheckpointError, match="a: F4"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [name for name, dtype in TORCH_DTYPES.items() if dtype.is_floating_point])
+def test_a_value_that_is_not_finite_is_found_in_every_dtype(dtype):
+    numbers = torch.tensor([1.0, 2.0]).to(TORCH_DTYPES[dtype])
+    assert is_finite(numbers) and not is_finite(torch.tensor([1.0, torch.nan]).to(TORCH_DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b"\xff" * 8 + b[8:], lambda b: b[:4], lambda b: b""])

@@ -152,6 +152,20 @@ def test_metadata_that_lie_are_refused_before_anything_is_read(sharded, do, erro
         DcpDirectory(sharded)
 
 
+def test_chunks_that_lie_over_one_another_do_not_fill_the_gap_that_they_leave(sharded):
+    """As many values in all as the tensor has; those of the gap would be whatever is in memory."""
+
+    def moved(metadata):
+        stored = metadata.state_dict_metadata["w"]
+        at = {tuple(chunk.offsets): i for i, chunk in enumerate(stored.chunks)}
+        first, second = at[0, 0, 0], at[2, 0, 0]
+        stored.chunks[second] = stored.chunks[first]
+
+    change(sharded, moved)
+    with pytest.raises(CheckpointError, match="do not fill"):
+        DcpDirectory(sharded).read("w")
+
+
 def test_an_entry_of_another_dtype_or_shape_than_told_is_refused(sharded):
     def told_as_ints(metadata):
         metadata.state_dict_metadata["bias"].properties.dtype = torch.int32

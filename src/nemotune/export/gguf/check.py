@@ -7,9 +7,8 @@ more is known. Names, shapes and types are checked without llama.cpp in `structu
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.export.gguf import llama_cpp
 from nemotune.export.gguf.reference import reference_bytes, reference_logits
+from nemotune.export.gguf.tokenizer import stop_tokens
 from nemotune.export.tuned import Tuned
 from nemotune.models import load_tokenizer
 from nemotune.weights.host_memory import free_host_memory
@@ -144,18 +144,12 @@ def _check_tokens(path: Path, tuned: Tuned) -> list[list[int]]:
                 f"{path.name}: llama.cpp makes other tokens of {text!r}: {tokens}, expected {ours}; is tokenizer.ggml.pre right?"
             )
         prompts.append(ours[:PROMPT_TOKENS])
-    expected = {token for token in (tokenizer.eos_token_id, *_ends_of_generation(tuned.directory)) if token is not None}
+    expected = {token for token in (tokenizer.eos_token_id, *stop_tokens(tuned.adapter_dir, tuned.directory)) if token is not None}
     if missing := expected - set(ends):
         raise CheckpointError(
             f"{path.name}: llama.cpp would not stop at the tokens {sorted(missing)}, which end an answer; it stops at {ends}"
         )
     return prompts
-
-
-def _ends_of_generation(directory: Path) -> Sequence[int]:
-    path = directory / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ of tokens are those of convert_hf_to_gguf.py: added tokens that are not special 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +53,7 @@ def stop_tokens(*directories: Path | None) -> tuple[int, ...]:
     found: list[int] = []
     for name, among in (("generation_config.json", directories), ("config.json", directories[-1:])):
         path = next((directory / name for directory in among if directory is not None and (directory / name).is_file()), None)
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path else None
+        ids = read_json(path, remedy="copy the model again").get("eos_token_id") if path else None
         found += [ids] if isinstance(ids, int) else ids or []
     return tuple(dict.fromkeys(found))
 
@@ -101,6 +100,8 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast, directory: Path, vocab_size:
 
 def _ends(tokens: Sequence[str], eos: int | None, stops: Collection[int]) -> dict[str, int]:
     """Keys for the tokens at which llama.cpp has to stop besides `eos`: the end of a turn, and one that it does not know by its text."""
+    if unknown := [stop for stop in stops if stop not in range(len(tokens))]:
+        raise CheckpointError(f"generation_config.json: eos_token_id: got {unknown[0]}, expected a token of 0 to {len(tokens) - 1}")
     turn = [stop for stop in stops if tokens[stop] in ENDS[:2]]
     others = [stop for stop in stops if tokens[stop] not in ENDS and stop != eos]
     wanted = [*turn[:1], *others]

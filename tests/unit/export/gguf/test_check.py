@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from nemotune import assets
 from nemotune.errors import CheckpointError, UnsupportedError
 from nemotune.export.gguf import check, llama_cpp, llama_cpp_process
 from nemotune.export.tuned import open_tuned
+from nemotune.models import load_tokenizer
 
 
 def predictions(noise: float, *, positions: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -76,6 +79,18 @@ def test_without_the_extra_the_report_says_what_is_not_known_and_how_to_learn_it
     assert "not loaded" in told and "no logits compared" in told and "pip install 'nemotune[llama-cpp]'" in told
     with pytest.raises(UnsupportedError, match="pip install"):
         llama_cpp.logits(tmp_path / "absent.gguf", [[1]])
+
+
+def test_the_ends_that_are_looked_for_are_the_adapters(monkeypatch, tmp_path):
+    """Ten ends its answers, and no base's; llama.cpp is told the same (`tokenizer.stop_tokens`)."""
+    tuned = replace(open_tuned(assets.resolve("nemotron-tiny")), adapter_dir=tmp_path)
+    encode = load_tokenizer(tuned.directory).encode
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 10}')
+    for ends, is_right in (([2, 10, 11], True), ([2, 11], False)):
+        found = lambda path, texts, ends=ends: ([encode(text, add_special_tokens=False) for text in texts], ends)  # noqa: E731
+        monkeypatch.setattr(llama_cpp, "tokenize", found)
+        with nullcontext() if is_right else pytest.raises(CheckpointError, match=r"would not stop at the tokens \[10\]"):
+            assert len(check._check_tokens(tmp_path / "some.gguf", tuned)) == 4
 
 
 @pytest.fixture

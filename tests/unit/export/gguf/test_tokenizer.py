@@ -10,7 +10,7 @@ from gguf import GGUFWriter, TokenType
 from toy_chat import toy_tokenizer
 from toy_gguf import SIDE_FILES, TINY, edit_json
 
-from nemotune.errors import CheckpointError, UnsupportedError
+from nemotune.errors import CheckpointError, DataError, UnsupportedError
 from nemotune.export.gguf.tokenizer import add_tokenizer, stop_tokens
 
 
@@ -52,6 +52,15 @@ def test_ends_of_the_adapter_win_over_the_bases(tiny, tmp_path_factory):
     assert stop_tokens(adapter, tiny) == (2, 11)
     (adapter / "generation_config.json").write_text('{"eos_token_id": 10}')
     assert stop_tokens(adapter, tiny) == (10, 2)
+
+
+def test_ends_that_are_no_tokens_are_named(tiny):
+    edit_json(tiny / "generation_config.json", eos_token_id=[2, 1504])
+    with pytest.raises(CheckpointError, match="eos_token_id: got 1504, expected a token of 0 to 1503"):
+        keys(tiny)
+    (tiny / "generation_config.json").write_text("{")
+    with pytest.raises(DataError, match="generation_config.json: cut off"):
+        stop_tokens(None, tiny)
 
 
 def test_nothing_is_put_before_a_text_unless_the_tokenizer_does(tiny):

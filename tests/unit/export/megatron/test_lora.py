@@ -19,6 +19,7 @@ from nemotune.export.megatron.lora_files import plan_lora
 from nemotune.export.stream import Plan, write
 from nemotune.export.tuned import Tuned, open_tuned
 from nemotune.lora import apply_lora, lora_modules, save_adapter
+from nemotune.lora.layers import scale
 from nemotune.models import build_model, load_model, read_config
 from nemotune.recipe import Lora
 
@@ -66,6 +67,14 @@ def test_an_adapter_there_and_back_is_the_same_bit_for_bit_and_merges_to_the_sam
         factor = (tuned.adapter.settings[name].alpha / tuned.adapter.settings[name].rank) / (theirs.alpha / theirs.rank)
         assert torch.equal(back.adapter.pairs[name][0], A) and torch.equal(back.adapter.pairs[name][1], B * factor), name
     assert all(torch.equal(back.read(name), tuned.read(name)) for name in tuned.infos)
+
+
+def test_a_scale_that_no_alpha_says_to_the_last_bit_is_kept_to_its_rounding(tmp_path):
+    tuned = trained(tmp_path, "llama", Lora(rank=5, alpha=16, rslora=True))
+    write(planned(tmp_path), tmp_path / "megatron")
+    back = open_tuned(tmp_path / "base", tmp_path / "megatron", read=read_lora)
+    for name, its in tuned.adapter.settings.items():
+        assert scale(back.adapter.settings[name]) == pytest.approx(scale(its), rel=1e-15)
 
 
 def test_an_adapter_is_written_some_rows_at_a_time(tmp_path, monkeypatch):
