@@ -19,7 +19,7 @@ from nemotune.train.step import accumulate
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import harness, load, ops, quantize, step, train_vs_trl  # noqa: E402
+from benchmarks import convert_megatron, gguf_vs_llama_cpp, harness, load, merge_vs_peft, ops, quantize, step, train_vs_trl, watch  # noqa: E402
 
 
 @pytest.fixture
@@ -95,3 +95,21 @@ def test_every_contender_loads_the_directory(tmp_path):
     figures = {name: load.load(name, tmp_path / "model") | {"peak_gb": 1.0} for name in load.CONTENDERS}
     assert all(found["seconds"] > 0 for found in figures.values())
     assert load.show(figures, 0.5).count("\n") == 4
+
+
+@pytest.mark.parametrize("script", [gguf_vs_llama_cpp, merge_vs_peft, convert_megatron])
+@pytest.mark.parametrize("family", ["llama", "nemotron_h"])
+def test_what_is_told_of_exports_is_computed_from_the_figures(script, family):
+    kept = json.loads((ROOT / "benchmarks" / "results" / f"{script.__name__.rpartition('.')[2]}_{family}.json").read_text())
+    assert kept["table"] == script.show(kept["figures"])
+
+
+def test_commands_are_measured_from_outside(tmp_path):
+    """Two of them: their seconds add up, the larger's memory counts, and what lay in the directory at its fullest."""
+    write = "import sys, time; from pathlib import Path; a = bytes(50_000_000); p = Path(sys.argv[1]); p.write_bytes(a[:3_000_000]); time.sleep(0.2); p.unlink()"
+    commands = [[sys.executable, "-c", write, str(tmp_path / "x")], [sys.executable, "-c", "import time; time.sleep(0.1)"]]
+    found = watch.watched(commands, tmp_path)
+    assert 0.3 < found["seconds"] < 20 and 0 < found["cpu_seconds"] < 10
+    assert 0.05 < found["peak_gb"] < 0.5 and found["disk_gb"] == 0.003
+    with pytest.raises(SystemExit, match="ended with 3"):
+        watch.watched([[sys.executable, "-c", "raise SystemExit(3)"]], tmp_path)

@@ -20,7 +20,8 @@ from nemotune.export.megatron.rows import Rows, cut, inverted
 from nemotune.export.stream import in_threads
 from nemotune.models.base import CausalLM
 
-SLAB_NUMEL = 2**21  # of a tensor at once: memory of 4 MB is used again and again, that of 32 MB comes anew from the system, a page at a time
+# Of a tensor at once: memory of 4 MB is used again and again, that of 32 MB comes anew from the system, a page at a time.
+SLAB_NUMEL = 2**21
 SAMPLED = 64  # parts of tensors that are compared where not all are
 
 T = TypeVar("T", bound=tuple[Any, ...])
