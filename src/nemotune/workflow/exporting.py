@@ -17,6 +17,7 @@ from nemotune.export.stream import Plan, write
 from nemotune.export.tuned import Tuned, open_tuned
 from nemotune.files import refuse_target
 from nemotune.recipe import Recipe
+from nemotune.workflow.merging import of_nf4
 from nemotune.workflow.messages import say, wrote
 from nemotune.workflow.sources import Source, source_of
 
@@ -39,10 +40,7 @@ def gguf(
     source = source_of(recipe, run_dir, weights=not dry_run)
     export_gguf(source, kinds, output=output or run_dir / "export", overwrite=overwrite, dry_run=dry_run, console=console, alone=alone)
     if recipe.method == "lora" and recipe.model.quantization == "nf4" and not dry_run:
-        say(
-            console,
-            "the adapter learned beside NF4 weights and was merged onto the wide ones: `nemotune merge` and `nemotune eval --model` score that",
-        )
+        say(console, f"{of_nf4(source)}: `nemotune merge` and `nemotune eval --model` score that")
 
 
 def export_gguf(

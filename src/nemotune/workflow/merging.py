@@ -10,6 +10,7 @@ from rich.console import Console
 from nemotune.data.progress import progress
 from nemotune.errors import UnsupportedError
 from nemotune.export.merge import plan_merge
+from nemotune.export.nf4_difference import nf4_difference
 from nemotune.export.stream import write
 from nemotune.export.tuned import Tuned, open_tuned
 from nemotune.recipe import Recipe
@@ -30,8 +31,17 @@ def merge(
         return
     if recipe.model.quantization == "nf4":
         scoring = f"nemotune eval {quote(str(run_dir))} --model {quote(str(target))}"
-        say(console, f"the adapter learned beside NF4 weights and was merged onto the wide ones: before it serves, `{scoring}`")
+        say(console, f"{of_nf4(source)}: before it serves, `{scoring}`")
     wrote(console, target, then=f"vllm serve {quote(str(target))}" if alone else None)
+
+
+def of_nf4(source: Source) -> str:
+    """What it means that the adapter learned beside NF4 weights."""
+    found = nf4_difference(open_tuned(source.model, source.adapter))
+    return (
+        f"the adapter learned beside NF4 weights and was merged onto the wide ones, from which they differ by {found.nf4:.1%} (root mean square), "
+        f"where the adapter's own change is {found.update:.1%}"
+    )
 
 
 def merge_given(source: Source, target: Path, *, overwrite: bool, dry_run: bool, console: Console) -> None:
