@@ -107,7 +107,7 @@ def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MissingFileError(f"{path}: no such file; {remedy}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cut off or not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: got {type(value).__name__}, expected an object; {remedy}")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from nemotune.errors import CheckpointError, ConflictError, UnsupportedError
 from nemotune.export import merge as merging
+from nemotune.export import tuned as tuned_module
 from nemotune.export.merge import merge
 from nemotune.export.tuned import open_tuned
 from nemotune.lora import LoRAEmbedding, apply_lora, lora_modules, pairs, save_adapter
@@ -61,6 +62,29 @@ def test_merged_logits_equal_adapter_logits(variant, lora, tmp_path):
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     theirs = with_our_dt_limits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval())
     assert relative(theirs(TOKENS[None], use_cache=False).logits[0], ours.logits(ours(TOKENS, BORDERS))) < 1e-4
+
+
+@pytest.mark.parametrize("lora", [ALL, DORA])
+def test_a_tensor_that_comes_some_rows_at_a_time_is_the_same(lora, tmp_path, monkeypatch):
+    with_adapter(tmp_path, "hybrid", lora, dtype="bfloat16")
+    tuned = open_tuned(tmp_path / "base", tmp_path / "adapter")
+    whole = {name: tuned.read(name) for name in tuned.infos}
+    monkeypatch.setattr(tuned_module, "PIECE_NUMEL", 100)
+    assert max(len(tuned.pieces(name)) for name in tuned.updates) > 20
+    # sums of rank terms may end in another bit where the matrices have other shapes; bf16 keeps 8 of 24
+    assert all(relative(tuned.read(name), whole[name]) < 2**-10 for name in tuned.updates)
+    assert all(torch.equal(tuned.read(name), whole[name]) for name in tuned.infos if name not in tuned.updates)
+
+
+def test_whatever_decides_the_values_is_in_the_identity(tmp_path):
+    """What is staged is gone on from where it is the same."""
+    with_adapter(tmp_path, "llama", Lora(rank=4))
+    seen = [open_tuned(tmp_path / "base", tmp_path / "adapter").identity, open_tuned(tmp_path / "base").identity]
+    for file in ("base/config.json", "base/chat_template.jinja", "adapter/adapter_model.safetensors", "adapter/generation_config.json"):
+        path = tmp_path / file
+        path.write_bytes(path.read_bytes() if path.exists() else b"{}")
+        seen.append(open_tuned(tmp_path / "base", tmp_path / "adapter").identity)
+    assert len({json.dumps(each) for each in seen}) == len(seen) == 6
 
 
 def test_untouched_tensors_and_shards_keep_their_bytes(tmp_path):
@@ -166,6 +190,14 @@ def test_a_wrong_update_is_never_called_done(tmp_path, monkeypatch, wrong, dtype
     with pytest.raises(CheckpointError, match=r"are not base \+ adapter.*mixer"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not list(tmp_path.glob("*merged*"))
+
+
+def test_values_that_are_cut_off_and_not_rounded_are_never_called_done(tmp_path, monkeypatch):
+    with_adapter(tmp_path, "hybrid", ALL, dtype="bfloat16")
+    right = Adapter.updated
+    monkeypatch.setattr(Adapter, "updated", lambda *of, **start: (right(*of, **start).view(torch.int32) & -(2**16)).view(torch.float32))
+    with pytest.raises(CheckpointError, match=r"are not base \+ adapter.*mixer"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

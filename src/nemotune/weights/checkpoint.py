@@ -105,7 +105,7 @@ class Checkpoint:
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
             outside = sorted(file for file in set(index["weight_map"].values()) if Path(file).name != file)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(_unreadable(path, error)) from error
         if outside:
             raise CheckpointError(f"{path}: weight_map names {outside[0]!r}, expected file names of this directory")

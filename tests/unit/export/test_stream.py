@@ -96,6 +96,13 @@ def test_the_old_directory_goes_when_the_new_one_is_in_place(tmp_path, monkeypat
     assert contents(tmp_path / "out")["y"].startswith(b"g") and listed(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("made", [b"a" * 2, b"a" * 4])
+def test_a_part_of_another_size_than_planned_is_never_written_out(tmp_path, made):
+    with pytest.raises(AssertionError, match="p: planned 3 bytes"):
+        write(Plan({}, (OutputFile("x", (Part("p", 3, lambda: [lambda: made]),)),), lambda _: None), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_link_is_replaced_and_what_it_names_is_kept(tmp_path):
     """Of a directory, of a file, and where the staging should lie: nothing behind a link is written or deleted."""
     write(plan(), tmp_path / "kept")
@@ -187,6 +194,35 @@ def test_what_is_read_is_known_by_more_than_its_size_and_time(tmp_path):
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize("replaces", [False, True])
+def test_bytes_are_on_the_disk_before_the_journal_says_so_and_all_of_them_before_the_rename(tmp_path, monkeypatch, replaces):
+    if replaces:
+        write(plan("efgh"), tmp_path / "out")
+    monkeypatch.setattr(stream, "SYNC_BYTES", 1)
+    on_disk, fsync, note = {}, os.fsync, staging.Staging.note
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        found = os.fstat(descriptor)
+        on_disk[found.st_ino] = found.st_size
+
+    def noted(self, name: str, num_parts: int) -> None:
+        assert not num_parts or on_disk[self.place[name].stat().st_ino] >= self.ends[name][num_parts - 1]
+        note(self, name, num_parts)
+
+    def placed(aside: Path, target: Path) -> None:
+        found = [path.stat() for path in (aside, *aside.rglob("*"))]
+        assert len(found) == 4 and all(on_disk.get(each.st_ino) == each.st_size for each in found)
+        take_place(aside, target)
+        assert target.parent.stat().st_ino in on_disk
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(staging.Staging, "note", noted)
+    monkeypatch.setattr(stream, "take_place", placed)
+    write(plan(), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == WHOLE
+
+
 class Interrupted(BaseException):
     pass
 
@@ -217,16 +253,20 @@ def test_an_interrupted_export_goes_on_from_the_parts_that_are_on_the_disk(tmp_p
     assert {"d0", "d1", "d2"} <= set(made) <= {"c0", "c1", "c2", "d0", "d1", "d2"}, "nothing that was on the disk is made again"
 
 
-@pytest.mark.parametrize("change", ["identity", "a file that lost bytes", "a journal cut off in its first line"])
+@pytest.mark.parametrize(
+    "change", ["identity", "another version of nemotune", "a file that lost bytes", "a journal cut off in its first line"]
+)
 def test_staging_that_is_not_of_this_export_is_thrown_away(tmp_path, monkeypatch, change):
     monkeypatch.setattr(stream, "SYNC_BYTES", 3 * KB)
     with pytest.raises(Interrupted):
         write(plan("efgh"), tmp_path / "out", done=stop_after(10 * KB))
-    staging = tmp_path / ".out.partial"
+    partial = tmp_path / ".out.partial"
     if change == "a file that lost bytes":
-        os.truncate(staging / "out" / "x", 100)
+        os.truncate(partial / "out" / "x", 100)
     elif change.startswith("a journal"):
-        (staging / "journal").write_bytes((staging / "journal").read_bytes()[:10])
+        (partial / "journal").write_bytes((partial / "journal").read_bytes()[:10])
+    elif "version" in change:
+        monkeypatch.setattr(staging, "__version__", "0.0.0")
     write(plan(identity="another") if change == "identity" else plan(), tmp_path / "out")
     assert contents(tmp_path / "out") == WHOLE
 

@@ -72,9 +72,10 @@ def test_an_index_cannot_point_outside_its_directory(tmp_path):
     "index", [[], {"weight_map": 3}, {"weight_map": {"a": 5}}, {"weight_map": {"a": ["x"]}}, {"weight_map": {"a": None}}, {}]
 )
 def test_an_index_of_something_else_is_named(tmp_path, index):
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="index.json: cannot be read"):
-        Checkpoint(tmp_path)
+    for text in (json.dumps(index), "[" * 10**5):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(CheckpointError, match="index.json: cannot be read"):
+            Checkpoint(tmp_path)
 
 
 def test_of_a_tensor_in_two_shards_the_indexs_counts(tmp_path):

@@ -96,7 +96,7 @@ def _run_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]}); copy it again, from whom you trust") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: got {type(found).__name__}, expected the settings of a run; copy it again")

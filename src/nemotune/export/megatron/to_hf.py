@@ -85,6 +85,8 @@ class Exported:
 
     def _pieces(self, name: str) -> list[Callable[[], Tensor]]:
         info = self.tensors[name]
+        if not info.shape:  # a number beside the model, which is the base's
+            return [partial(self._number, info)]
         return [partial(self._rows, info, start, stop) for start, stop in slabs(info.shape[0], info.shape[1:])]
 
     def _rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
@@ -92,6 +94,10 @@ class Exported:
             return rows_between(runs, start, stop, self.checkpoint.rows).to(info.torch_dtype)
         assert self.base is not None
         return finite(self.base.read_rows(info.name, start, stop), f"{self.base.directory}: {info.name}")
+
+    def _number(self, info: TensorInfo) -> Tensor:
+        assert self.base is not None
+        return finite(self.base.read(info.name), f"{self.base.directory}: {info.name}")
 
     def _fitted(self) -> list[Fitted]:
         """The homes that the checkpoint has, sized by it."""

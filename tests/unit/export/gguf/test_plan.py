@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,13 @@ def test_the_plan_knows_the_files_size(kind, tmp_path):
     plan = plan_gguf(open_tuned(TINY), kind)
     write(plan, tmp_path / "tiny.gguf")
     assert (tmp_path / "tiny.gguf").stat().st_size == plan.num_bytes
+
+
+def test_a_file_of_another_type_or_name_is_another_export():
+    """What is staged under one target is gone on from only by the same."""
+    tuned = open_tuned(TINY)
+    seen = [plan_gguf(tuned, kind, name=name).identity for kind in ("q4_k_m", "q5_k_m") for name in (None, "a")]
+    assert all(one != other for one, other in combinations(seen, 2))
 
 
 def test_damage_on_the_disk_is_found(tmp_path):

@@ -132,9 +132,10 @@ def test_mtp_is_nested_there_and_flat_here(tmp_path):
 def test_mtp_that_a_training_left_out_is_the_bases(tmp_path):
     source = hf(tmp_path / "hf", "hybrid")
     imported(source, tmp_path / "megatron")
-    add(source, mtp_tensors(), mtp_hybrid_override_pattern="*E")
+    tensors = {**mtp_tensors(), "mtp.number": torch.tensor(1.5), "mtp.nothing": torch.zeros(0, 4)}
+    add(source, tensors, mtp_hybrid_override_pattern="*E")
     export = open_export(open_megatron(tmp_path / "megatron"), source)
-    assert export.notes == [f"{len(mtp_tensors())} tensors that the checkpoint lacks are the base's, first mtp.layers.0.eh_proj.weight"]
+    assert export.notes == [f"{len(tensors)} tensors that the checkpoint lacks are the base's, first mtp.nothing"]
     assert same(weights(exported(tmp_path / "megatron", tmp_path / "back", source)), weights(source))
 
 
@@ -295,6 +296,9 @@ def test_a_checkpoint_that_says_too_little_or_lies_is_refused_clearly(stored, tm
         open_export(open_megatron(directory))
     (directory / "run_config.yaml").write_text("model: !!python/object/apply:os.mkdir [/tmp/never]")
     with pytest.raises(CheckpointError, match=r"run_config\.yaml: cannot be read \(could not determine a constructor"):
+        open_megatron(directory)
+    (directory / "run_config.yaml").write_text("[" * 3000)
+    with pytest.raises(CheckpointError, match=r"run_config\.yaml: cannot be read \(maximum recursion"):
         open_megatron(directory)
     (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("../../etc")
     with pytest.raises(CheckpointError, match=r"got '\.\./\.\./etc', expected the number of an iteration"):
