@@ -28,4 +28,6 @@ def adapter(
 
     from nemotune.workflow import adapters
 
-    adapters.export(source, base, reader=reader, output=output, overwrite=overwrite, dry_run=dry_run, console=Console())
+    adapters.export(
+        source, base, reader=reader, output=output, overwrite=overwrite, dry_run=dry_run, console=Console(), options=("--to", "--base")
+    )

@@ -72,6 +72,7 @@ def _errors(checks: list[Check]) -> list[Check]:
 def _print(found: dict[str, Any], checks: list[Check], model_dir: str | None) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -79,11 +80,11 @@ def _print(found: dict[str, Any], checks: list[Check], model_dir: str | None) ->
 
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     for name, value in environment.rows(found):
-        table.add_row(f"[bold]{name}[/]", value)
+        table.add_row(f"[bold]{name}[/]", escape(value))
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     for note in environment.notes(found):
-        console.print(f"[yellow]note[/] {note}")
+        console.print(f"[yellow]note[/] {escape(note)}")
     for check in checks:
         status = Text(f"{check.status:<8} ", COLOURS[check.status])
         console.print(status.append(f"{check.name:<12} ", "bold").append(check.message.replace("\n", "\n" + 22 * " "), "default"))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nemotune.cli.options import DryRun, Overrides, Overwrite, RecipeName, RunDir, open_recipe
+from nemotune.cli.options import DryRun, Overrides, Overwrite, RecipeName, RunDir, open_recipe, refuse_run
 from nemotune.errors import RecipeError
 from nemotune.workflow import processes
 
@@ -24,7 +24,9 @@ def adapter(
         str | None, typer.Option("--model", help="The base, in place of a run's, a directory or hub id: config.json is enough.")
     ] = None,
     source: Annotated[Path | None, typer.Option("--adapter", help="The adapter, in place of a run's; any form that is read.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="What to write; export/adapter-READER in the run otherwise.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="What to write; export/adapter-READER (adapter.gguf) in the run otherwise.")
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -34,6 +36,8 @@ def adapter(
     alone = model is None and source is None
     if not alone and (missing := [option for option, value in given.items() if value is None]):
         raise RecipeError(f"{missing[0]}: --model, --adapter and --output go together, without a recipe")
+    if not alone:
+        refuse_run(recipe, overrides, run_dir)
     opened = open_recipe(recipe, overrides, run_dir, verb="export adapter") if alone else None
     from rich.console import Console
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nemotune.cli.options import Adapter, DryRun, Model, Overrides, Overwrite, RecipeName, RunDir, carry_out
+from nemotune.cli.options import Adapter, DryRun, Model, Overrides, Overwrite, RecipeName, RunDir, carry_out, refuse_run
 from nemotune.workflow import processes
 
 app = typer.Typer(add_completion=False)
@@ -38,6 +38,7 @@ def gguf(
         carry_out("export gguf", recipe, overrides, run_dir, stage="gguf", **options)
         return
     processes.require_alone("export gguf")
+    refuse_run(recipe, overrides, run_dir)
     from rich.console import Console
 
     from nemotune.workflow.exporting import DEFAULT, export_gguf

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nemotune.cli.options import Adapter, DryRun, Model, Overrides, Overwrite, RecipeName, RunDir, open_recipe
+from nemotune.cli.options import Adapter, DryRun, Model, Overrides, Overwrite, RecipeName, RunDir, open_recipe, refuse_run
 from nemotune.errors import RecipeError
 from nemotune.workflow import processes
 
@@ -31,6 +31,8 @@ def ollama(
     processes.require_alone("export ollama")
     if (adapter and not model) or (model and gguf) or ((model or gguf) and not output):
         raise RecipeError("--model [--adapter] or --gguf name what is exported in place of a run: one of the two, with --output")
+    if model or gguf:
+        refuse_run(recipe, overrides, run_dir, option="--model" if model else "--gguf")
     opened = None if model or gguf else open_recipe(recipe, overrides, run_dir, verb="export ollama")
     from rich.console import Console
 

@@ -84,10 +84,9 @@ def guarded(application: typer.Typer) -> None:
     _spin_briefly()
     if processes.has_failed_for_good():
         sys.exit(2)
-    words = sys.argv[1:]
-    debug = "--debug" in words
+    debug, words = "--debug" in sys.argv, [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        application([word for word in words if word != "--debug"])
+        application(words)
     except (NemotuneError, OSError) as error:
         tells = processes.first_to_fail(processes.USERS)
         if debug:
@@ -97,7 +96,7 @@ def guarded(application: typer.Typer) -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == 130 and not processes.are_several():
-            typer.echo("Interrupted. The same command with --resume goes on from the last checkpoint of a training run.", err=True)
+            typer.echo(f"Interrupted. {_goes_on(words)}", err=True)
         raise
     except Exception as error:
         if processes.are_several() and not debug:
@@ -108,6 +107,13 @@ def guarded(application: typer.Typer) -> None:
             if not processes.first_to_fail_after_the_cause():
                 sys.exit(1)
         raise
+
+
+def _goes_on(words: list[str]) -> str:
+    """What to type after an interrupt: an export is continued by what began it."""
+    if words[:1] in (["merge"], ["export"], ["convert"]):
+        return "What is done is kept: the same command goes on from there."
+    return "The same command with --resume goes on from the last checkpoint of a training run."
 
 
 def _spin_briefly() -> None:

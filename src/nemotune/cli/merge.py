@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from nemotune.cli.options import Adapter, DryRun, Model, Overrides, Overwrite, RecipeName, RunDir, carry_out
+from nemotune.cli.options import Adapter, DryRun, Model, Overrides, Overwrite, RecipeName, RunDir, carry_out, refuse_run
+from nemotune.errors import RecipeError
 from nemotune.workflow import processes
 
 app = typer.Typer(add_completion=False)
@@ -29,6 +30,9 @@ def merge(
         carry_out("merge", recipe, overrides, run_dir, output=output, overwrite=overwrite, dry_run=dry_run)
         return
     processes.require_alone("merge")
+    refuse_run(recipe, overrides, run_dir)
+    if adapter is None:
+        raise RecipeError("--adapter: missing, expected the adapter to merge into --model")
     from rich.console import Console
 
     from nemotune.workflow.merging import merge_given

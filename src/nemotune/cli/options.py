@@ -27,6 +27,7 @@ __all__ = [
     "Verify",
     "carry_out",
     "open_recipe",
+    "refuse_run",
     "training_verb",
 ]
 
@@ -58,6 +59,16 @@ def open_recipe(name: str, overrides: list[str] | None, run_dir: Path | None = N
     support.check(recipe, verb=verb)
     earlier = Path(name) if Path(name, "recipe.json").is_file() else None
     return Opened(recipe=recipe, run_dir=run_dir or earlier or recipe.run_dir)
+
+
+def refuse_run(name: str, overrides: list[str] | None, run_dir: Path | None, *, option: str = "--model") -> None:
+    """A model that is named takes the place of a run. Raises RecipeError where a run is named as well, which would be left out without a word."""
+    from nemotune.errors import RecipeError
+
+    if named := [*([name] if name != "quickstart" else []), *(overrides or ()), *(["--run-dir"] if run_dir else [])]:
+        raise RecipeError(
+            f"{option}: got {' '.join(named)} as well, expected a run or a model; leave one out (--output names what is written)"
+        )
 
 
 def carry_out(verb: str, name: str, overrides: list[str] | None, run_dir: Path | None, *, stage: str = "", **options: Any) -> None:

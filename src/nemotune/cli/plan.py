@@ -16,5 +16,8 @@ def plan(recipe: RecipeName = "quickstart", overrides: Overrides = None) -> None
     from rich.console import Console
 
     from nemotune.workflow import stages
+    from nemotune.workflow.messages import say
 
-    stages.plan(opened.recipe, console=Console())
+    console = Console()
+    stages.plan(opened.recipe, console=console)
+    say(console, f"a run writes {stages.what_run_writes(opened.recipe, opened.run_dir)}")

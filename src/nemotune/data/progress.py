@@ -17,6 +17,7 @@ from rich.progress import (
     SpinnerColumn,
     Task,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -70,6 +71,18 @@ def progress(description: str, *, total: int | None = None, in_bytes: bool = Fal
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield advance
+
+
+@contextmanager
+def waiting(description: str, clock: Clock) -> Iterator[None]:
+    """For work that cannot say how far it is: the time that it has taken, or a line where the work before it, by `clock`, had lines as well."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if not console.is_terminal and clock.line_is_due():
+        console.print(description, markup=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bar.add_task(description, total=None)
+        yield
 
 
 def _line(description: str, clock: Clock, *, done: int, total: int | None, in_bytes: bool) -> str:

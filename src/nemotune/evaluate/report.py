@@ -42,6 +42,7 @@ LEFT = {
     "adapter": "the adapter, in PEFT's format",
     "model": "the trained model, a Hugging Face directory",
     "export/merged": "base and adapter merged, a Hugging Face directory",
+    "export/*.gguf": "a file for llama.cpp",
     "eval": "every scored row, and the comparison",
     "scores": "models that were scored alone",
     "metrics.jsonl": "the training record",
@@ -151,9 +152,12 @@ def _interval(entry: dict[str, float], peers: list[dict[str, float]]) -> Interva
 def _left(run_dir: Path) -> Iterator[tuple[str, str, int]]:
     """What lies in the run directory: path, what it is, bytes."""
     for name, meaning in LEFT.items():
-        path = run_dir / name
-        if path.exists():
-            yield name, meaning, sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+        for path in sorted(run_dir.glob(name)):
+            yield (
+                str(path.relative_to(run_dir)),
+                meaning,
+                sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()),
+            )
 
 
 def _size(num_bytes: float) -> str:

@@ -23,10 +23,10 @@ BESIDE_WEIGHTS = [
 ]  # config, index, tokenizer, template, licence and the card that names it; never Python, never pickles
 
 
-def locate(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+def locate(path: str | Path, revision: str | None = None, *, weights: bool = True, key: str = "model.path") -> Path:
     """The local directory of `path`; without `weights`, of a hub repository only the small files are downloaded.
 
-    Raises MissingFileError where it is none of the three, RecipeError for a revision of what has none.
+    Raises MissingFileError, which begins with the `key` that names it, where it is none of the three, RecipeError for a revision of what has none.
     """
     directory = Path(path).expanduser()
     local = directory if directory.is_dir() else assets.resolve(str(path))
@@ -37,8 +37,8 @@ def locate(path: str | Path, revision: str | None = None, *, weights: bool = Tru
     if local:
         return local
     if isinstance(path, Path) or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise MissingFileError(f"model.path: {path} is no directory, no built-in model and no hub id (owner/name)")
-    return _download(str(path), revision, [*WEIGHTS, *BESIDE_WEIGHTS] if weights else BESIDE_WEIGHTS)
+        raise MissingFileError(f"{key}: {path} is no directory, no built-in model and no hub id (owner/name)")
+    return _download(str(path), revision, [*WEIGHTS, *BESIDE_WEIGHTS] if weights else BESIDE_WEIGHTS, key)
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast:
@@ -57,7 +57,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
         ) from error
 
 
-def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+def _download(repository: str, revision: str | None, patterns: list[str], key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -66,5 +66,5 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> Pat
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingFileError(
-            f"model.path: {repository} is no directory here and could not be had from the hub ({reason}); check the name, the network and `hf auth login`"
+            f"{key}: {repository} is no directory here and could not be had from the hub ({reason}); check the name, the network and `hf auth login`"
         ) from error

@@ -19,7 +19,9 @@ REQUIRED = (
     "torch",
     "transformers",
     "tokenizers",
+    "huggingface_hub",
     "safetensors",
+    "gguf",
     "datasets",
     "pyarrow",
     "numpy",
@@ -33,6 +35,7 @@ REQUIRED = (
 OPTIONAL = {
     "bitsandbytes": "8-bit AdamW on NVIDIA GPUs",
     "torchao": "8-bit AdamW",
+    "xllamacpp": "running GGUF files after they are written: pip install 'nemotune[llama-cpp]'",
     "peft": "the adapter parity tests",
 }
 GIB = 1024**3

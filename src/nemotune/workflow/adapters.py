@@ -8,7 +8,6 @@ from shlex import quote
 
 from rich.console import Console
 
-from nemotune.data.progress import progress
 from nemotune.errors import ConflictError, RecipeError, UnsupportedError, did_you_mean
 from nemotune.export.adapters.gguf_file import plan_for_llama_cpp
 from nemotune.export.adapters.opened import Opened, open_adapter
@@ -16,12 +15,13 @@ from nemotune.export.adapters.peft_files import plan_for_peft, plan_for_vllm, vl
 from nemotune.export.adapters.same_scale import is_same_scale
 from nemotune.export.megatron.checkpoint import is_megatron, open_megatron
 from nemotune.export.megatron.lora_files import plan_lora
-from nemotune.export.stream import Plan, write
+from nemotune.export.stream import Plan
 from nemotune.lora.adapter import CONFIG, OUT_PROJ_NOTE
 from nemotune.models import locate
 from nemotune.recipe import Recipe
-from nemotune.workflow.messages import say, wrote
+from nemotune.workflow.messages import say, size, wrote
 from nemotune.workflow.sources import refuse_reading, refuse_replacing, source_of
+from nemotune.workflow.writing import written
 
 PLANS: dict[str, Callable[[Opened], Plan[int]]] = {
     "peft": plan_for_peft,
@@ -44,21 +44,26 @@ def export_of_run(
     export(source.adapter, str(source.model), reader=reader, output=target, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
-def export(adapter: Path, base: str, *, reader: str, output: Path, overwrite: bool, dry_run: bool, console: Console) -> None:
-    """Write the adapter of the directory `adapter`, whoever made it, as `reader` reads it; `base` is a directory or hub id, of which config.json is enough."""
+def export(
+    adapter: Path, base: str, *, reader: str, output: Path, overwrite: bool, dry_run: bool, console: Console,
+    options: tuple[str, str] = ("--for", "--model"),
+) -> None:  # fmt: skip
+    """Write the adapter of the directory `adapter`, whoever made it, as `reader` reads it; `base` is a directory or hub id, of which config.json is enough.
+
+    `options` are those that named reader and base.
+    """
     if reader not in PLANS:
-        raise RecipeError(f"--for: got {reader!r}.{did_you_mean(reader, PLANS)} Known: {', '.join(PLANS)}")
-    base_dir = locate(base, weights=False)
+        raise RecipeError(f"{options[0]}: got {reader!r}.{did_you_mean(reader, PLANS)} Known: {', '.join(PLANS)}")
+    base_dir = locate(base, weights=False, key=options[1])
     _refuse_target(output, adapter, base_dir)
     opened = open_adapter(adapter, base_dir)
     plan = PLANS[reader](opened)
-    size = f"{plan.num_bytes / 1e9:.2f} GB, {len(opened.adapter.settings)} modules of {opened.base}"
+    told = f"{size(plan.num_bytes)}, {len(opened.adapter.settings)} modules of {opened.base}"
     if dry_run:
-        say(console, f"would write {output} for {reader}: {size}")
+        say(console, f"would write {output} for {reader}: {told}")
         return
-    with progress("writing the adapter", total=plan.num_bytes) as advance:
-        read_back = write(plan, output, overwrite=overwrite, done=advance)
-    say(console, f"adapter for {reader}: {size}; {read_back} tensors were read back and hold its values")
+    read_back = written(plan, output, overwrite=overwrite)
+    say(console, f"adapter for {reader}: {told}; {read_back} tensors were read back and hold its values")
     for note in _notes(opened, reader):
         say(console, note)
     wrote(console, output, then=_next(opened, reader, output))

@@ -7,7 +7,6 @@ from shlex import quote
 
 from rich.console import Console
 
-from nemotune.data.progress import progress
 from nemotune.errors import MissingFileError
 from nemotune.export.megatron.checkpoint import MegatronCheckpoint, is_megatron, open_megatron
 from nemotune.export.megatron.fitting import Compared
@@ -15,24 +14,25 @@ from nemotune.export.megatron.inspect import inspect as inspect_files
 from nemotune.export.megatron.lora import read_lora
 from nemotune.export.megatron.to_hf import open_export
 from nemotune.export.megatron.to_megatron import plan_import
-from nemotune.export.stream import Plan, write
+from nemotune.export.stream import Plan
 from nemotune.export.tuned import open_tuned
 from nemotune.models import locate
 from nemotune.workflow.merging import write_merged
-from nemotune.workflow.messages import say, wrote
+from nemotune.workflow.messages import say, size, wrote
 from nemotune.workflow.sources import MODEL, is_model, refuse_reading, refuse_replacing
+from nemotune.workflow.writing import written
 
 
 def from_hf(hf: str, megatron: Path, *, verify: bool, overwrite: bool, dry_run: bool, console: Console) -> None:
     """Write a Hugging Face model as a checkpoint of Megatron-Bridge."""
     refuse_replacing(megatron, "--megatron", by=is_megatron, what="checkpoint of Megatron-Bridge")
-    source = locate(hf, weights=not dry_run)
+    source = locate(hf, weights=not dry_run, key="--hf")
     refuse_reading(source, megatron, "--megatron")
     if dry_run and not any(source.glob("*.safetensors")):
         say(console, f"would download the weights of {hf} and write {megatron}")
         return
     plan = plan_import(open_tuned(source), verify_all=verify)
-    if _carried_out(plan, megatron, what="importing", overwrite=overwrite, dry_run=dry_run, console=console):
+    if _carried_out(plan, megatron, overwrite=overwrite, dry_run=dry_run, console=console):
         wrote(console, megatron, then=f"nemotune convert inspect {quote(str(megatron))}")
 
 
@@ -40,7 +40,7 @@ def to_hf(megatron: Path, hf: Path, *, base: str | None, verify: bool, overwrite
     """Write a checkpoint of Megatron-Bridge as a Hugging Face model: its weights, or its LoRA merged into the base."""
     refuse_replacing(hf, "--hf", by=is_model, what=MODEL)
     checkpoint = open_megatron(megatron)
-    base_dir = locate(base) if base else None
+    base_dir = locate(base, key="--base") if base else None
     for source in (checkpoint.directory, *([base_dir] if base_dir else [])):
         refuse_reading(source, hf, "--hf")
     if checkpoint.is_lora:
@@ -48,7 +48,7 @@ def to_hf(megatron: Path, hf: Path, *, base: str | None, verify: bool, overwrite
     else:
         export = open_export(checkpoint, base_dir)
         plan = export.plan(verify_all=verify)
-        if not _carried_out(plan, hf, what="exporting", overwrite=overwrite, dry_run=dry_run, console=console):
+        if not _carried_out(plan, hf, overwrite=overwrite, dry_run=dry_run, console=console):
             return
         for note in export.notes:
             say(console, note)
@@ -58,18 +58,16 @@ def to_hf(megatron: Path, hf: Path, *, base: str | None, verify: bool, overwrite
 
 def inspect(path: Path, *, hf: str | None, console: Console) -> None:
     """Say what a checkpoint of Megatron-Bridge holds and lacks."""
-    found = inspect_files(path, locate(hf, weights=False) if hf else None)
+    found = inspect_files(path, locate(hf, weights=False, key="--hf") if hf else None)
     provider = str(found.checkpoint.model.get("_target_", "")).rpartition(".")[2]
     say(console, f"{found.checkpoint.directory}: iteration {found.checkpoint.iteration}{f', {provider}' * bool(provider)}")
-    cells = [
-        (row.name, f"{row.count} x", " x ".join(map(str, row.shape)), row.dtype, f"{row.num_bytes / 1e6:,.2f} MB") for row in found.rows
-    ]
+    cells = [(row.name, f"{row.count} x", " x ".join(map(str, row.shape)), row.dtype, size(row.num_bytes)) for row in found.rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         say(console, "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     say(
         console,
-        f"{len(found.checkpoint.weights)} tensors, {found.num_bytes / 1e9:.2f} GB; {len(found.checkpoint.stored.objects)} other entries",
+        f"{len(found.checkpoint.weights)} tensors, {size(found.num_bytes)}; {len(found.checkpoint.stored.objects)} other entries",
     )
     if found.model:
         say(console, f"compared with {found.model}")
@@ -88,16 +86,15 @@ def _merge(checkpoint: MegatronCheckpoint, hf: Path, base_dir: Path | None, *, o
     write_merged(tuned, hf, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
-def _carried_out(plan: Plan[Compared], target: Path, *, what: str, overwrite: bool, dry_run: bool, console: Console) -> bool:
+def _carried_out(plan: Plan[Compared], target: Path, *, overwrite: bool, dry_run: bool, console: Console) -> bool:
     """Whether it was: a dry run only says what would be."""
-    size = f"{plan.num_bytes / 1e9:.2f} GB in {len(plan.files)} file{'s' * (len(plan.files) > 1)}"
+    told = f"{size(plan.num_bytes)} in {len(plan.files)} file{'s' * (len(plan.files) > 1)}"
     if dry_run:
-        say(console, f"would write {target}: {size}")
+        say(console, f"would write {target}: {told}")
         return False
-    with progress(what, total=plan.num_bytes, in_bytes=True) as advance:
-        compared = write(plan, target, overwrite=overwrite, done=advance)
-    say(console, f"written: {size}")
-    told = f"all {compared.of} tensors" if compared.whole else f"parts of {compared.tensors} of {compared.of} tensors"
+    compared = written(plan, target, overwrite=overwrite)
+    say(console, f"written: {told}")
+    read_back = f"all {compared.of} tensors" if compared.whole else f"parts of {compared.tensors} of {compared.of} tensors"
     more = "" if compared.whole else "; --verify compares all"
-    say(console, f"read back and mapped the other way: {told} are the source's, bit for bit{more}")
+    say(console, f"read back and mapped the other way: {read_back} are the source's, bit for bit{more}")
     return True

@@ -8,18 +8,18 @@ from shlex import quote
 
 from rich.console import Console
 
-from nemotune.data.progress import progress
 from nemotune.errors import ConflictError
 from nemotune.export.gguf.names import left_out
 from nemotune.export.gguf.plan import Verified, fallback, plan_gguf
 from nemotune.export.gguf.types import require_kind
-from nemotune.export.stream import Plan, write
+from nemotune.export.stream import Plan
 from nemotune.export.tuned import Tuned, open_tuned
 from nemotune.files import refuse_target
 from nemotune.recipe import Recipe
 from nemotune.workflow.merging import of_nf4
-from nemotune.workflow.messages import say, wrote
+from nemotune.workflow.messages import say, size, wrote
 from nemotune.workflow.sources import Source, source_of
+from nemotune.workflow.writing import written
 
 DEFAULT = ("q4_k_m",)
 
@@ -57,13 +57,12 @@ def export_gguf(
     tuned = open_tuned(source.model, source.adapter)
     for kind, target in targets.items():
         plan = plan_gguf(tuned, kind, name=source.name)
-        size = _size(tuned, kind, plan)
+        told = _size(tuned, kind, plan)
         if dry_run:
-            say(console, f"would write {target}: {size}")
+            say(console, f"would write {target}: {told}")
             continue
-        with progress(f"writing {target.name}", total=plan.num_bytes, in_bytes=True) as advance:
-            verified = write(plan, target, overwrite=overwrite, done=advance)
-        say(console, f"{target}: {size}\n{_found(verified)}")
+        verified = written(plan, target, overwrite=overwrite)
+        say(console, f"{target}: {told}\n{_found(verified)}")
     if unused := left_out(tuned):
         say(console, f"left out: {len(unused)} tensors that llama.cpp does not use, such as {unused[0]}")
     if not dry_run:
@@ -84,8 +83,7 @@ def _size(tuned: Tuned, kind: str, plan: Plan[Verified]) -> str:
     """Bytes and bits per weight, and how much of the model is wider than its type says."""
     wider = fallback(tuned, kind)
     weights_bytes = sum(part.num_bytes for part in plan.files[0].parts[1:])
-    size = f"{plan.num_bytes / 1e9:.2f} GB" if plan.num_bytes >= 1e8 else f"{plan.num_bytes / 1e6:.1f} MB"
-    text = f"{size}, {8 * weights_bytes / wider.of:.2f} bits per weight"
+    text = f"{size(plan.num_bytes)}, {8 * weights_bytes / wider.of:.2f} bits per weight"
     return f"{text}; {wider.share:.1%} of the weights take a wider type, their rows being no multiple of its block" if wider.numel else text
 
 

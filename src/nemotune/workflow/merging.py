@@ -7,15 +7,14 @@ from shlex import quote
 
 from rich.console import Console
 
-from nemotune.data.progress import progress
 from nemotune.errors import UnsupportedError
 from nemotune.export.merge import plan_merge
 from nemotune.export.nf4_difference import nf4_difference
-from nemotune.export.stream import write
 from nemotune.export.tuned import Tuned, open_tuned
 from nemotune.recipe import Recipe
-from nemotune.workflow.messages import say, wrote
+from nemotune.workflow.messages import say, size, wrote
 from nemotune.workflow.sources import MODEL, Source, is_model, refuse_reading, refuse_replacing, source_of
+from nemotune.workflow.writing import written
 
 
 def merge(
@@ -64,12 +63,11 @@ def merge_source(source: Source, target: Path, *, overwrite: bool, dry_run: bool
 def write_merged(tuned: Tuned, target: Path, *, overwrite: bool, dry_run: bool, console: Console) -> bool:
     """Whether it was written."""
     plan = plan_merge(tuned)
-    size = f"{plan.num_bytes / 1e9:.2f} GB, {len(tuned.updates)} of {len(tuned.infos)} tensors updated"
+    told = f"{size(plan.num_bytes)}, {len(tuned.updates)} of {len(tuned.infos)} tensors updated"
     if dry_run:
-        say(console, f"would write {target}: {size}")
+        say(console, f"would write {target}: {told}")
         return False
-    with progress("merging", total=plan.num_bytes, in_bytes=True) as advance:
-        verified = write(plan, target, overwrite=overwrite, done=advance)
-    say(console, f"merged: {size}")
+    verified = written(plan, target, overwrite=overwrite)
+    say(console, f"merged: {told}")
     say(console, f"read back: {verified.updated} updated tensors are base + adapter, {verified.untouched} others have the base's bytes")
     return True

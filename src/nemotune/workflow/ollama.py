@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from shlex import quote
 
 from rich.console import Console
 
-from nemotune.data.progress import progress
 from nemotune.errors import MissingFileError
 from nemotune.export.ollama import MODELFILE, modelfile, plan_ollama, served
-from nemotune.export.stream import write
 from nemotune.export.tuned import open_tuned
 from nemotune.files import atomic_file, refuse_target
 from nemotune.recipe import Recipe
-from nemotune.workflow.messages import say, wrote
+from nemotune.workflow.messages import say, size, wrote
 from nemotune.workflow.sources import Source, source_of
+from nemotune.workflow.writing import written
 
 
 def of_run(recipe: Recipe, *, run_dir: Path, kind: str, output: Path | None, overwrite: bool, dry_run: bool, console: Console) -> None:
@@ -33,10 +33,9 @@ def of_model(source: Source, *, kind: str, target: Path, overwrite: bool, dry_ru
     tuned = open_tuned(source.model, source.adapter)
     plan = plan_ollama(tuned, kind, name=source.name)
     if dry_run:
-        say(console, f"would write {target}: {plan.num_bytes / 1e9:.2f} GB and {MODELFILE}")
+        say(console, f"would write {target}: {size(plan.num_bytes)} and {MODELFILE}")
         return
-    with progress(f"writing {target.name}", total=plan.num_bytes, in_bytes=True) as advance:
-        verified = write(plan, target, overwrite=overwrite, done=advance)
+    verified = written(plan, target, overwrite=overwrite)
     say(console, str(verified.run))
     _end(console, target, source.name)
 
@@ -57,4 +56,6 @@ def of_file(gguf: Path, *, target: Path, overwrite: bool, dry_run: bool, console
 
 
 def _end(console: Console, target: Path, name: str) -> None:
-    wrote(console, target / MODELFILE, then=f"ollama create {quote(name.lower())} -f {quote(str(target / MODELFILE))}")
+    """Ollama's names have letters, digits, '.', '-' and '_'."""
+    tag = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "tuned"
+    wrote(console, target / MODELFILE, then=f"ollama create {tag} -f {quote(str(target / MODELFILE))}")

@@ -19,7 +19,7 @@ from nemotune.export.hub.upload import Published, publish
 from nemotune.lora.adapter import read_adapter
 from nemotune.models import build_model, locate, read_config
 from nemotune.recipe import Recipe
-from nemotune.workflow.messages import say
+from nemotune.workflow.messages import say, size
 from nemotune.workflow.model_card import card_of
 from nemotune.workflow.run_dir import require_same_model
 
@@ -124,10 +124,10 @@ def _tell(
     """What would be sent, what not, and what the licence still wants."""
     say(
         console,
-        f"{repo} ({'private' if private else 'public, where it is not there yet'}): {len(contents)} files, {_size(sum(c.num_bytes for c in contents))}",
+        f"{repo} ({'private' if private else 'public, where it is not there yet'}): {len(contents)} files, {size(sum(c.num_bytes for c in contents))}",
     )
     for content in contents:
-        say(console, f"  {_size(content.num_bytes):>9}  {content.name}" + (f"  ({whose})" if content.name == "README.md" else ""))
+        say(console, f"  {size(content.num_bytes):>9}  {content.name}" + (f"  ({whose})" if content.name == "README.md" else ""))
     if left_out:
         say(console, f"left out: {', '.join(left_out)}")
     has_text = any(content.name.upper().startswith("LICENSE") for content in contents)
@@ -145,8 +145,8 @@ def _teller() -> Callable[[Content, int], None]:
     def sent(content: Content, left: int) -> None:
         nonlocal done
         done += content.num_bytes
-        rate = f"{_size(done / clock.seconds)}/s, {clock.left(done=done, total=done + left)}"
-        console.print(f"sent {content.name}, {_size(content.num_bytes)}; {rate}", markup=False)
+        rate = f"{size(done / clock.seconds)}/s, {clock.left(done=done, total=done + left)}"
+        console.print(f"sent {content.name}, {size(content.num_bytes)}; {rate}", markup=False)
 
     return sent
 
@@ -168,11 +168,3 @@ def _end(console: Console, done: Published, *, then: str) -> None:
         say(console, f"the repository also holds, untouched: {', '.join(done.others)}")
     seen = "private" if done.private else "public"
     console.print(f"[green]published[/] {done.url} ({seen})   next: [bold]{then}[/]", soft_wrap=True, highlight=False)
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.2f} GB"

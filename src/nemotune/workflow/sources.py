@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotune.errors import ConflictError, MissingFileError, RecipeError
+from nemotune.export.megatron.checkpoint import is_megatron
+from nemotune.lora.adapter import CONFIG
 from nemotune.models import locate
 from nemotune.recipe import Recipe
 from nemotune.workflow.run_dir import require_same_model
@@ -39,10 +41,21 @@ def source_of(recipe: Recipe, run_dir: Path, *, weights: bool = True) -> Source:
 
 
 def source_given(model: str | None, adapter: Path | None, output: Path | None, *, weights: bool = True) -> tuple[Source, Path]:
-    """What --model, --adapter and --output name in place of a run. Raises RecipeError where one that is needed is missing."""
+    """What --model, --adapter and --output name in place of a run. Raises RecipeError where one is missing, or is another's."""
     if model is None or output is None:
         raise RecipeError(f"{'--model' if model is None else '--output'}: --model and --output go together, with or without --adapter")
-    return Source((adapter or Path(model)).resolve().name, locate(model, weights=weights), adapter), output
+    directory = locate(model, weights=weights, key="--model")
+    for option, path in (("--model", directory), *([("--adapter", adapter)] if adapter else [])):
+        if (path / "recipe.json").is_file():
+            raise RecipeError(f"{option}: {path} is the directory of a run; name it without --model and --adapter, to have what it trained")
+    if (directory / CONFIG).is_file() and not is_model(directory):
+        raise RecipeError(f"--model: {directory} is an adapter; name it with --adapter, and its base with --model")
+    if adapter and is_megatron(adapter):
+        raise RecipeError(
+            f"--adapter: {adapter} is a checkpoint of Megatron-Bridge; `nemotune convert export` merges its LoRA, "
+            "`nemotune convert adapter` makes it an adapter that is read here"
+        )
+    return Source((adapter or Path(model)).resolve().name, directory, adapter), output
 
 
 def refuse_reading(source: Path, target: Path, option: str) -> None:

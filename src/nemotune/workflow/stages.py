@@ -27,7 +27,7 @@ from nemotune.workflow.scoring import evaluate, score
 from nemotune.workflow.stopping import Stoppable
 from nemotune.workflow.training import plan, require_fit, train_prepared
 
-__all__ = ["data", "evaluate", "gguf", "merge", "plan", "report", "run", "score", "train"]
+__all__ = ["data", "evaluate", "gguf", "merge", "plan", "report", "run", "score", "train", "what_run_writes"]
 
 
 def run(
@@ -36,12 +36,10 @@ def run(
     """The whole run. With `dry_run`, the plan and the list of what would be written. Its deadline counts from `started`, or from now."""
     check_recipe(recipe)
     refuse_begun(run_dir, resume=resume, overwrite=overwrite)
-    merged = recipe.export.merged and recipe.method == "lora"
     if dry_run:
         require_sources(recipe)
         plan(recipe, console=console)
-        later = ["eval"] * bool(recipe.evaluate.tasks) + ["export"] * (merged or bool(recipe.export.gguf)) + ["report.html"]
-        say(console, f"would write {run_dir}/: data, metrics.jsonl, checkpoints, {', '.join([native.trained_name(recipe), *later])}")
+        say(console, f"would write {what_run_writes(recipe, run_dir)}")
         return
     deadline = Stoppable.of_run(recipe, run_dir, started=started)
     console.rule(escape(f"{recipe.name} in {run_dir}"), align="left")
@@ -53,11 +51,22 @@ def run(
     train_prepared(recipe, prepared, run_dir, resume=resume, overwrite=overwrite, deadline=deadline, console=console, alone=False)
     if recipe.evaluate.tasks and _is_in_time(deadline, f"nemotune eval {quote(str(run_dir))}", console=console):
         evaluate(recipe, run_dir=run_dir, overwrite=True, dry_run=False, console=console, alone=False)
-    if merged and _is_in_time(deadline, f"nemotune merge {quote(str(run_dir))}", console=console):
+    if _is_merged(recipe) and _is_in_time(deadline, f"nemotune merge {quote(str(run_dir))}", console=console):
         merge(recipe, run_dir=run_dir, output=None, overwrite=True, dry_run=False, console=console, alone=False)
     if recipe.export.gguf and _is_in_time(deadline, f"nemotune export gguf {quote(str(run_dir))}", console=console):
         gguf(recipe, run_dir=run_dir, output=None, overwrite=True, dry_run=False, console=console, alone=False)
     report(run_dir, console=console)
+
+
+def what_run_writes(recipe: Recipe, run_dir: Path) -> str:
+    """The run's directory, and what will be in it."""
+    exports = ["export/merged"] * _is_merged(recipe) + [f"export/{recipe.name}-{kind}.gguf" for kind in recipe.export.gguf]
+    later = ["eval"] * bool(recipe.evaluate.tasks) + exports + ["report.html"]
+    return f"{run_dir}/: data, metrics.jsonl, checkpoints, {', '.join([native.trained_name(recipe), *later])}"
+
+
+def _is_merged(recipe: Recipe) -> bool:
+    return recipe.export.merged and recipe.method == "lora"
 
 
 def report(run_dir: Path, *, console: Console) -> None:

@@ -67,13 +67,15 @@ def test_an_adapter_is_converted_there_and_back(saved: Path, hybrid_dir: Path, t
 
 
 def test_a_base_that_is_nowhere_is_told(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(NemotuneError, match="./none is no directory, no built-in model and no hub id"):
+    with pytest.raises(NemotuneError, match="^--base: ./none is no directory, no built-in model and no hub id"):
         typed("convert", "adapter", "--from", saved, "--base", "./none", "--to", "vllm", "--output", tmp_path / "a")
+    with pytest.raises(NemotuneError, match="^--to: got 'vlm'. Did you mean 'vllm'"):
+        typed("convert", "adapter", "--from", saved, "--base", "./none", "--to", "vlm", "--output", tmp_path / "a")
 
 
 def test_a_dry_run_writes_nothing(saved: Path, hybrid_dir: Path, tmp_path: Path) -> None:
     told = typed("convert", "adapter", "--from", saved, "--base", hybrid_dir, "--to", "vllm", "--output", tmp_path / "a", "--dry-run")
-    assert f"would write {tmp_path / 'a'} for vllm: 0.00 GB, 8 modules of nvidia/base" in told and not list(tmp_path.iterdir())
+    assert f"would write {tmp_path / 'a'} for vllm: 82.9 kB, 8 modules of nvidia/base" in told and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from toy_gguf import TINY
 from typer.testing import CliRunner
 
 from nemotune.cli import export_gguf
+from nemotune.data import progress
 from nemotune.errors import ConflictError, MissingFileError, NemotuneError, RecipeError, UnsupportedError
 from nemotune.export.gguf import llama_cpp
 from nemotune.lora import apply_lora, save_adapter
@@ -82,7 +84,17 @@ def test_a_dry_run_tells_size_and_share_of_wider_types_and_writes_nothing(tmp_pa
             "--output: got one file, o.gguf, for 2 types",
         ),
         (["--model", TINY, "--output", "out", "--type", "q4"], UnsupportedError, "--type: got 'q4', expected one of f32"),
-        (["--model", "/nowhere", "--output", "out"], MissingFileError, "/nowhere is no directory, no built-in model and no hub id"),
+        (
+            ["--model", "/nowhere", "--output", "out"],
+            MissingFileError,
+            "^--model: /nowhere is no directory, no built-in model and no hub id",
+        ),
+        (["runs/mine", "--model", TINY, "--output", "out"], RecipeError, "--model: got runs/mine as well, expected a run or a model"),
+        (
+            ["--model", "nvidia/nowhere", "--output", "out"],
+            MissingFileError,
+            "^--model: nvidia/nowhere is no directory here and could not be had",
+        ),
         (["quickstart", "--run-dir", "/nowhere"], MissingFileError, "/nowhere/adapter: nothing trained yet"),
     ],
 )
@@ -90,6 +102,27 @@ def test_mistakes_are_told(words, error, message):
     with pytest.raises(error, match=message) as caught:
         typed(*words)
     assert isinstance(caught.value, NemotuneError)
+
+
+def test_a_directory_of_another_kind_is_told_with_what_to_type(run_dir, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").touch()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("0")
+    with pytest.raises(RecipeError, match="--model: .*/run is the directory of a run; name it without --model"):
+        typed("--model", tmp_path / "run", "--output", "out")
+    with pytest.raises(RecipeError, match="--adapter: .*/run is the directory of a run"):
+        typed("--model", TINY, "--adapter", tmp_path / "run", "--output", "out")
+    with pytest.raises(RecipeError, match="--model: .*/adapter is an adapter; name it with --adapter"):
+        typed("--model", run_dir / "adapter", "--output", "out")
+    with pytest.raises(RecipeError, match="--adapter: .* is a checkpoint of Megatron-Bridge; `nemotune convert export` merges"):
+        typed("--model", TINY, "--adapter", tmp_path, "--output", "out")
+
+
+def test_a_terminal_tells_that_the_file_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "Console", partial(Console, force_terminal=True, width=60))
+    typed_here = CliRunner().invoke(export_gguf.app, ["--model", str(TINY), "--output", str(tmp_path / "m.gguf"), "--type", "f16"])
+    told = typed_here.stderr
+    assert 0 < told.index("writing m.gguf") < told.index("reading m.gguf back")
 
 
 def test_a_runs_adapter_is_exported_under_its_name_as_its_recipe_says(run_dir):

@@ -126,18 +126,26 @@ def test_what_the_system_refuses_is_one_readable_block_too(command: Command, tmp
     assert done.stderr.splitlines()[1] == "  taken/run: Not a directory; check the path and who may use it"
 
 
-def test_interrupt_exits_130_with_one_line() -> None:
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["run", "quickstart"], "The same command with --resume goes on from the last checkpoint of a training run."),
+        (["export", "gguf", "quickstart"], "What is done is kept: the same command goes on from there."),
+    ],
+    ids=["run", "export"],
+)
+def test_interrupt_exits_130_and_says_in_one_line_what_goes_on(words: list[str], told: str) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(nemotune.__file__).parent.parent)!r})\n"
         "import nemotune.recipe\n"
         "def interrupted(*_): raise KeyboardInterrupt\n"
         "nemotune.recipe.load = interrupted\n"
-        "sys.argv = ['nemotune', 'run', 'quickstart']\n"
+        f"sys.argv = ['nemotune', *{words}]\n"
         "from nemotune.cli.main import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "Interrupted. The same command with --resume goes on from the last checkpoint of a training run.\n"
+    assert done.stderr == f"Interrupted. {told}\n"
 
 
 @pytest.mark.parametrize(

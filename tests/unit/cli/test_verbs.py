@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from nemotune.cli import finetune, options
 from nemotune.cli.main import app
 from nemotune.errors import NemotuneError
+from nemotune.plan import environment
 from nemotune.recipe import load
 from nemotune.workflow import stages
 
@@ -149,3 +150,30 @@ def test_export_ollama_takes_a_model_or_a_file_and_then_needs_a_place(words: tup
 def test_export_ollama_of_a_run_that_trained_nothing_says_what_comes_first(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ("export", "ollama", "quickstart", "--run-dir", str(tmp_path / "run")))
     assert isinstance(done.exception, NemotuneError) and "`nemotune train` comes first" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("merge", "--model", "m", "--output", "o"), "--adapter: missing, expected the adapter to merge into --model"),
+        (("merge", "runs/mine", "--model", "m", "--adapter", "a", "--output", "o"), "--model: got runs/mine as well"),
+        (("export", "adapter", "--for", "peft", "--model", "m", "--adapter", "a", "--output", "o", "--run-dir", "r"), "--model: got --run-dir as well"),
+        (("export", "ollama", "runs/mine", "name=x", "--gguf", "g", "--output", "o"), "--gguf: got runs/mine name=x as well"),
+    ],
+    ids=["no adapter", "merge", "adapter", "ollama"],
+)  # fmt: skip
+def test_a_run_and_a_model_are_not_named_together(words: tuple[str, ...], message: str) -> None:
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, NemotuneError) and message in str(done.exception)
+
+
+def test_plan_says_what_a_run_writes(asked: list[tuple[str, dict[str, Any]]]) -> None:
+    told = " ".join(CliRunner().invoke(app, ("plan", "quickstart", "name=mine", "export.gguf=[q4_k_m]")).output.split())
+    assert "a run writes runs/mine/: data," in told and "adapter, eval, export/merged, export/mine-q4_k_m.gguf, report.html" in told
+
+
+def test_doctor_says_whether_llama_cpp_is_there_to_run_what_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_version", lambda name: None if name == "xllamacpp" else "1.0")
+    told = " ".join(CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"}).output.split())
+    assert "xllamacpp (optional) not installed; for running GGUF files after they are written: pip install 'nemotune[llama-cpp]'" in told
+    assert "gguf 1.0" in told and "huggingface_hub 1.0" in told

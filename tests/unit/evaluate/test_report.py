@@ -77,6 +77,12 @@ def test_a_finished_run_is_shown_whole(run_dir):
     assert "Asked: 24 of 24 rows of test." in text
 
 
+def test_gguf_files_are_listed_by_name(run_dir):
+    (run_dir / "export").mkdir(exist_ok=True)
+    (run_dir / "export" / "toy-q8_0.gguf").write_bytes(bytes(2_000_000))
+    assert "export/toy-q8_0.gguf a file for llama.cpp 2.0 MB" in seen(run_dir)
+
+
 def test_few_rows_have_no_interval_and_no_triangle(run_dir):
     path = run_dir / "eval" / "compare.json"
     found = json.loads(path.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -95,6 +96,15 @@ def test_a_dry_run_writes_nothing(llama_dir, tmp_path):
     source = Source("mine", llama_dir, None)
     workflow.of_model(source, kind="q8_0", target=tmp_path / "ollama", overwrite=False, dry_run=True, console=QUIET)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_next_command_has_a_name_that_ollama_takes(llama_dir, tmp_path):
+    write(plan_ollama(open_tuned(llama_dir), "q8_0"), tmp_path / "ollama")
+    (tmp_path / "ollama" / "model-q8_0.gguf").rename(tmp_path / "My Model ü.gguf")
+    told = io.StringIO()
+    console = Console(file=told, width=300)
+    workflow.of_file(tmp_path / "My Model ü.gguf", target=tmp_path / "beside", overwrite=False, dry_run=False, console=console)
+    assert told.getvalue().endswith(f"next: ollama create my-model -f {tmp_path}/beside/Modelfile\n")
 
 
 def test_what_is_no_gguf_file_is_said(tmp_path):

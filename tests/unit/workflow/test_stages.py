@@ -73,7 +73,10 @@ def test_a_dry_run_refuses_what_the_run_will_refuse(recipe, tmp_path, trained_at
 @pytest.mark.parametrize(
     ("changes", "left"),
     [
-        ([], "adapter, eval, export, report.html"),
+        (
+            ["export.gguf=[q4_k_m, f16]"],
+            "adapter, eval, export/merged, export/quickstart-q4_k_m.gguf, export/quickstart-f16.gguf, report.html",
+        ),
         (["export.merged=false"], "adapter, eval, report.html"),
         (["export.merged=false", "evaluate.tasks=[]", "method=full"], "model, report.html"),
     ],
