@@ -59,6 +59,22 @@ def test_types_are_those_of_llama_quantize(name, tmp_path):
         assert " ".join(type_.name for type_ in types.values()) == pinned, kind
 
 
+def test_values_of_a_llama_of_70_b_that_eight_heads_share_take_more_bits(tmp_path):
+    """llama-quant.cpp: q4_k_m's attn_v is Q5_K where the model has 80 layers and grouped queries."""
+    tuned = open_tuned(saved(tmp_path, "llama", hidden_size=256, intermediate_size=32, num_hidden_layers=80))
+    types, _ = types_of(gguf_tensors(tuned), tuned.model.config, "q4_k_m")
+    assert {types[f"blk.{i}.attn_v.weight"].name for i in (0, 12, 79)} == {"Q6_K"}
+    assert {types[f"blk.{i}.attn_v.weight"].name for i in (10, 11, 13, 14)} == {"Q5_K"} and types["blk.10.attn_k.weight"].name == "Q4_K"
+    types, _ = types_of(gguf_tensors(tuned), tuned.model.config, "q5_k_m")
+    assert types["blk.10.attn_v.weight"].name == "Q5_K"
+
+
+def test_positions_that_are_stretched_are_told(tmp_path):
+    rope = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+    found = keys(exported(saved(tmp_path, "llama", rope_parameters=rope)))
+    assert (found["llama.rope.scaling.type"], found["llama.rope.scaling.factor"]) == ("linear", 4.0)
+
+
 def test_how_much_takes_a_wider_type_is_told(tmp_path):
     tuned = open_tuned(saved(tmp_path, "llama", hidden_size=256, intermediate_size=96, num_hidden_layers=1))
     down = 256 * 96

@@ -117,6 +117,70 @@ def test_queries_lie_with_their_group_and_gate_before_up_in_layers_that_are_stac
     assert torch.equal(stored.read("decoder.layers.mlp.linear_fc1.weight")[2], gate_up)
 
 
+def test_mambas_projection_is_cut_into_z_x_b_c_dt_and_its_convolution_into_x_b_c(tmp_path):
+    source = weights(hf(tmp_path / "hf", "wide_heads"))
+    stored = open_megatron(imported(tmp_path / "hf", tmp_path / "megatron")).stored
+    inner, state = 6 * 24, 3 * 16
+    for name, sizes in (
+        ("in_proj.weight", {"z": inner, "x": inner, "B": state, "C": state, "dt": 6}),
+        ("conv1d.weight", {"x": inner, "B": state, "C": state}),
+        ("conv1d.bias", {"x": inner, "B": state, "C": state}),
+    ):
+        parts = source[f"backbone.layers.0.mixer.{name}"].split(list(sizes.values()))
+        for part, values in zip(sizes, parts, strict=True):
+            assert torch.equal(stored.read(f"decoder.layers.0.mixer.{name}.{part}"), values), (name, part)
+
+
+def test_every_module_of_transformer_engine_has_its_extra_state(tmp_path):
+    """Megatron's strict loading wants them: a shard a layer of a stack, and an expert."""
+    hf(tmp_path / "hf", "four_ways")  # ME*-E
+    found = open_megatron(imported(tmp_path / "hf", tmp_path / "megatron")).stored.objects
+    moe = (
+        "pre_mlp_layernorm",
+        "mlp.shared_experts.linear_fc1",
+        "mlp.shared_experts.linear_fc2",
+        "mlp.fc1_latent_proj",
+        "mlp.fc2_latent_proj",
+    )
+    modules = [f"0.mixer.{name}" for name in ("in_proj", "out_proj")] + [
+        f"2.self_attention.{name}" for name in ("linear_qkv", "linear_proj")
+    ]
+    modules += [f"3.mlp.{name}" for name in ("linear_fc1", "linear_fc2")] + [f"{layer}.{name}" for layer in (1, 4) for name in moe]
+    expected = {f"decoder.layers.{module}._extra_state/shard_0_1" for module in modules}
+    expected |= {f"{module}._extra_state/shard_0_1" for module in ("decoder.final_norm", "output_layer")}
+    experts = [f"decoder.layers.{layer}.mlp.experts.experts.linear_fc{i}._extra_state" for layer in (1, 4) for i in (1, 2)]
+    assert found == expected | {f"{module}/shard_{expert}_6" for module in experts for expert in range(6)}
+    hf(tmp_path / "llama", "llama")
+    found = open_megatron(imported(tmp_path / "llama", tmp_path / "dense")).stored.objects
+    modules = [
+        f"decoder.layers.{name}" for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    ]
+    expected = {f"{module}._extra_state/shard_{layer}_3" for module in modules for layer in range(3)}
+    assert found == expected | {f"{module}._extra_state/shard_0_1" for module in ("decoder.final_layernorm", "output_layer")}
+
+
+def test_run_config_says_what_config_json_does(tmp_path):
+    """Of what no tensor's shape tells, and of which another value would train another model."""
+    hf(tmp_path / "hf", "grouped_router", norm_eps=3e-5, layer_norm_epsilon=3e-5, routed_scaling_factor=1.75)
+    told = open_megatron(imported(tmp_path / "hf", tmp_path / "megatron")).model
+    expected = {
+        "layernorm_epsilon": 3e-5, "moe_router_topk_scaling_factor": 1.75, "moe_router_num_groups": 3, "moe_router_group_topk": 2,
+        "moe_router_topk": 2, "num_moe_experts": 6, "mamba_num_groups": 2, "mamba_state_dim": 16, "hybrid_override_pattern": "EMEE",
+        "share_embeddings_and_output_weights": False, "num_query_groups": 2, "kv_channels": 8, "seq_length": 256,
+    }  # fmt: skip
+    assert {key: told[key] for key in expected} == expected
+    hf(tmp_path / "llama", "llama_tied")
+    told = open_megatron(imported(tmp_path / "llama", tmp_path / "dense")).model
+    expected = {
+        "rotary_base": 5000,
+        "rope_scaling": True,
+        "rope_scaling_factor": 8.0,
+        "share_embeddings_and_output_weights": True,
+        "kv_channels": 16,
+    }
+    assert {key: told[key] for key in expected} == expected
+
+
 def test_mtp_is_nested_there_and_flat_here(tmp_path):
     source = hf(tmp_path / "hf", "hybrid")
     add(source, mtp_tensors(), mtp_hybrid_override_pattern="*E", num_nextn_predict_layers=2)
