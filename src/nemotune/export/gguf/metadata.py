@@ -5,6 +5,8 @@ Keys and values are those of convert_hf_to_gguf.py (ggml 0.25.3), apart from its
 
 from __future__ import annotations
 
+from dataclasses import fields
+from datetime import date
 from pathlib import Path
 
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, LlamaFileType, Metadata, RopeScalingType, size_label
@@ -43,6 +45,10 @@ def _add_general(writer: GGUFWriter, directory: Path, name: str | None) -> None:
     found = Metadata.load(None, directory, name, total)
     found.name = found.name or directory.name
     found.size_label = found.size_label or size_label(total, shared, expert, num_experts)
+    for field in fields(found):
+        value = getattr(found, field.name)
+        if field.type == "Optional[str]" and isinstance(value, int | float | date):
+            setattr(found, field.name, str(value))  # YAML makes a number of `version: 1.0`
     writer.add_type(GGUFType.MODEL)
     found.set_gguf_meta_model(writer)
 

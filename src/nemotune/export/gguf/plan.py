@@ -8,14 +8,17 @@ what llama.cpp makes of it in `check.py`.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import yaml
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.gguf_writer import WriterState
 from torch import Tensor
@@ -88,11 +91,25 @@ def _header(tuned: Tuned, tensors: Sequence[GGUFTensor], types: dict[str, GGMLQu
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), num_bytes_of(tensor, types[tensor.name]), raw_dtype=types[tensor.name]
         )
-    add_metadata(writer, config, tuned.directory, KINDS[kind][1], name=name)
+    with _named_if_unfit(tuned.directory):
+        add_metadata(writer, config, tuned.directory, KINDS[kind][1], name=name)
     own = tuned.adapter_dir and tuned.adapter_dir / TEMPLATE
     template = own.read_text(encoding="utf-8") if own and own.is_file() else None
     add_tokenizer(writer, tuned.directory, config.vocab_size, template=template, stops=stop_tokens(tuned.adapter_dir, tuned.directory))
-    return header_bytes(writer)
+    with _named_if_unfit(tuned.directory):
+        return header_bytes(writer)
+
+
+@contextlib.contextmanager
+def _named_if_unfit(directory: Path) -> Iterator[None]:
+    """The `gguf` package takes a model's card and sampling settings as they are: make what it then stumbles over a CheckpointError."""
+    try:
+        yield
+    except (TypeError, ValueError, RecursionError, struct.error, yaml.YAMLError) as error:
+        told = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{directory}: README.md or generation_config.json: a GGUF file has no place for what one of them says ({told}); mend it, or move it away"
+        ) from error
 
 
 def header_bytes(writer: GGUFWriter) -> bytes:

@@ -6,6 +6,7 @@ of tokens are those of convert_hf_to_gguf.py: added tokens that are not special 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,16 +55,20 @@ def stop_tokens(*directories: Path | None) -> tuple[int, ...]:
     for name, among in (("generation_config.json", directories), ("config.json", directories[-1:])):
         path = next((directory / name for directory in among if directory is not None and (directory / name).is_file()), None)
         ids = read_json(path, remedy="copy the model again").get("eos_token_id") if path else None
-        found += [ids] if isinstance(ids, int) else ids or []
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if wrong := [each for each in ids if not isinstance(each, int)]:
+            raise CheckpointError(f"{path}: eos_token_id: got {wrong[0]!r}, expected the numbers of tokens; copy the model again")
+        found += ids
     return tuple(dict.fromkeys(found))
 
 
 def _split_name(tokenizer_json: dict[str, Any], directory: Path) -> str:
     """llama.cpp's name of how the text is split before its bytes are merged."""
-    model, steps = tokenizer_json.get("model", {}), tokenizer_json.get("pre_tokenizer") or {}
-    expressions = [step["pattern"].get("Regex") for step in steps.get("pretokenizers", [steps]) if step.get("type") == "Split"]
-    known = {expression: name for name, expression in SPLITS.items()}
-    plain = model.get("type") == "BPE" and not tokenizer_json.get("normalizer") and model.get("ignore_merges")
+    known, plain, expressions = {expression: name for name, expression in SPLITS.items()}, False, []
+    with contextlib.suppress(AttributeError, KeyError, TypeError):  # of another shape than tokenizers have
+        model, steps = tokenizer_json["model"], tokenizer_json.get("pre_tokenizer") or {}
+        expressions = [step["pattern"].get("Regex") for step in steps.get("pretokenizers", [steps]) if step.get("type") == "Split"]
+        plain = model.get("type") == "BPE" and not tokenizer_json.get("normalizer") and model.get("ignore_merges")
     if not plain or len(expressions) != 1 or expressions[0] not in known:
         raise UnsupportedError(
             f"{directory / 'tokenizer.json'}: pre_tokenizer: llama.cpp knows no tokenizer that splits texts like this one, and would make other tokens of "

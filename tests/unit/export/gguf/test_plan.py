@@ -112,6 +112,24 @@ def test_keys_of_a_llama(tmp_path):
     }  # fmt: skip
 
 
+def test_a_card_that_yaml_makes_numbers_of_is_told_and_one_that_cannot_be_is_named(tmp_path):
+    directory = saved(tmp_path, "llama")
+    (directory / "README.md").write_text("---\nversion: 1.5\nmodel_name: 7\n---\n")
+    found = keys(exported(directory))
+    assert (found["general.version"], found["general.name"]) == ("1.5", "7")
+    broken = (
+        b"---\n[\n---\n",
+        b"---\na: !!python/object/apply:os.system [x]\n---\n",
+        b"\xff",
+        b"---\nauthor: [[1]]\n---\n",
+        b"---\n" + b"[" * 3000,
+    )
+    for card in broken:
+        (directory / "README.md").write_bytes(card)
+        with pytest.raises(CheckpointError, match=r"README\.md or generation_config\.json: a GGUF file has no place"):
+            plan_gguf(open_tuned(directory), "f32")
+
+
 def test_keys_of_a_hybrid_with_latent_experts(tmp_path):
     found = keys(exported(saved(tmp_path / "model", "latent")))
     head = "nemotron_h_moe."

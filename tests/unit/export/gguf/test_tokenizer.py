@@ -58,6 +58,10 @@ def test_ends_that_are_no_tokens_are_named(tiny):
     edit_json(tiny / "generation_config.json", eos_token_id=[2, 1504])
     with pytest.raises(CheckpointError, match="eos_token_id: got 1504, expected a token of 0 to 1503"):
         keys(tiny)
+    for wrong in ("x", [[2]], 2.0):
+        edit_json(tiny / "generation_config.json", eos_token_id=wrong)
+        with pytest.raises(CheckpointError, match="generation_config.json: eos_token_id: got .*expected the numbers of tokens"):
+            stop_tokens(None, tiny)
     (tiny / "generation_config.json").write_text("{")
     with pytest.raises(DataError, match="generation_config.json: cut off"):
         stop_tokens(None, tiny)
@@ -93,6 +97,13 @@ def test_a_tokenizer_that_changes_texts_otherwise_is_refused(change, tiny):
         tokenizer["model"] |= {"type": "WordLevel"} if "model" in change else change
     (tiny / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UnsupportedError, match="llama.cpp knows no tokenizer"):
+        keys(tiny)
+
+
+@pytest.mark.parametrize("change", [{"pre_tokenizer": 5}, {"model": 5}, {"pre_tokenizer": {"pretokenizers": [{"type": "Split"}]}}])
+def test_a_tokenizer_of_another_shape_is_refused(change, tiny):
+    edit_json(tiny / "tokenizer.json", **change)
+    with pytest.raises(UnsupportedError, match="knows no tokenizer"):
         keys(tiny)
 
 
