@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 LINE_SECONDS = 30.0  # between two plain lines
@@ -57,8 +58,8 @@ class _Rate(ProgressColumn):
 def progress(description: str, *, total: int | None = None, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
     """Yield a function that moves on by a number of rows, or of bytes; without a total it counts and spins."""
     console, clock, done = Console(stderr=True, soft_wrap=True, highlight=False), Clock(), 0
-    what = TextColumn("{task.description}", markup=False)
-    counted = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(), _Rate())
+    what, whole = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)), Column(no_wrap=True)
+    counted = (DownloadColumn(table_column=whole), TransferSpeedColumn(table_column=whole)) if in_bytes else (MofNCompleteColumn(), _Rate())
     columns = (SpinnerColumn(), what, BarColumn(), *counted, TimeRemainingColumn())
 
     def advance(rows: int) -> None:

@@ -122,6 +122,8 @@ def served(path: Path, *, ends: Sequence[int] = ()) -> Served:
         fields = GGUFReader(path).fields
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise CheckpointError(f"{path}: not a GGUF file that can be read ({error}); `nemotune export gguf` makes one") from error
+    if "tokenizer.ggml.tokens" not in fields:
+        raise CheckpointError(f"{path}: no GGUF file of a model, but of an adapter or a part; `nemotune export gguf` makes one")
     architecture = fields["general.architecture"].contents()
     ids = [fields[key].contents() for stop in STOP_KEYS if (key := f"tokenizer.ggml.{stop}_token_id") in fields]
     tokens = fields["tokenizer.ggml.tokens"]
@@ -153,6 +155,16 @@ def renderer_of(architecture: str, template: str | None, name: str) -> tuple[str
             f"model makes other prompts, so its answers would be others. Instead {server}"
         )
     return found
+
+
+def is_asked_alike(path: Path) -> bool:
+    """Whether Ollama, which finds the GGUF file on the hub, asks it by the template in it."""
+    try:
+        found = served(path)
+        renderer_of(found.architecture, found.template, path.name)
+    except (CheckpointError, UnsupportedError):
+        return False
+    return True
 
 
 def renderings(template: str) -> str | None:

@@ -8,6 +8,7 @@ from shlex import quote
 
 from rich.console import Console
 
+from nemotune import assets
 from nemotune.errors import ConflictError, RecipeError, UnsupportedError, did_you_mean
 from nemotune.export.adapters.gguf_file import plan_for_llama_cpp
 from nemotune.export.adapters.opened import Opened, open_adapter
@@ -82,7 +83,8 @@ def _notes(opened: Opened, reader: str) -> list[str]:
 
 def _next(opened: Opened, reader: str, output: Path) -> str | None:
     if reader == "vllm":
-        serve = f"vllm serve {quote(opened.base)} --enable-lora --lora-modules {quote(f'{output.name}={output}')}"
+        base = str(assets.resolve(opened.base) or opened.base)  # a built-in model has a name that no one else knows
+        serve = f"vllm serve {quote(base)} --enable-lora --lora-modules {quote(f'{output.name}={output}')}"
         return f"{serve} --max-lora-rank {vllm_max_rank(opened.adapter)}"
     if reader == "llama.cpp":
         return f"llama-server -m BASE.gguf --lora {quote(str(output))}"

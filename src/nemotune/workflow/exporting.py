@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 
@@ -48,9 +48,8 @@ def export_gguf(
 ) -> None:
     """Write a file of each kind: NAME-KIND.gguf in the directory `output`, or `output` itself where that is the name of one file."""
     targets = _targets(source.name, kinds, output)
-    for target in targets.values():
-        if not dry_run:
-            refuse_target(target, overwrite=overwrite, is_file=True)
+    if not dry_run:
+        _refuse(targets, overwrite=overwrite)
     if dry_run and not source.has_weights:
         say(console, f"would download the weights of {source.model} and write {', '.join(map(str, targets.values()))}")
         return
@@ -67,6 +66,17 @@ def export_gguf(
         say(console, f"left out: {len(unused)} tensors that llama.cpp does not use, such as {unused[0]}")
     if not dry_run:
         wrote(console, target, then=f"llama-server -m {quote(str(target))} --jinja" if alone else None)
+
+
+def _refuse(targets: Mapping[str, Path], *, overwrite: bool) -> None:
+    """Raise ConflictError where one may not be written; where others may, as after an interrupt, with what writes those."""
+    left = [kind for kind, target in targets.items() if not target.exists()]
+    if not overwrite and 0 < len(left) < len(targets):
+        there = ", ".join(str(target) for kind, target in targets.items() if kind not in left)
+        others = " ".join(f"--type {kind}" for kind in left)
+        raise ConflictError(f"{there}: already exists; {others} writes what is missing, --overwrite all of it anew")
+    for target in targets.values():
+        refuse_target(target, overwrite=overwrite, is_file=True)
 
 
 def _targets(name: str, kinds: Sequence[str], output: Path) -> dict[str, Path]:

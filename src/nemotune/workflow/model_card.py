@@ -20,11 +20,13 @@ VERSIONS = ("torch", "transformers", "safetensors")
 EXPORT_AGAIN = "restore it, or run again with --overwrite"
 
 
-def card_of(recipe: Recipe, run_dir: Path, *, repo: str, kind: Kind, base: Base, files: Sequence[str], adapter: AdapterLoads) -> Card:
+def card_of(
+    recipe: Recipe, run_dir: Path, *, repo: str, kind: Kind, base: Base, files: Sequence[str], adapter: AdapterLoads, in_ollama: bool = False
+) -> Card:  # fmt: skip
     """The card of what `run_dir` trained, as the `kind` that is published."""
     sets = _hub_sets(recipe)
     return Card(
-        repo=repo, kind=kind, base=base, datasets=sets, files=files, adapter=adapter,
+        repo=repo, kind=kind, base=base, datasets=sets, files=files, adapter=adapter, in_ollama=in_ollama,
         recipe=shown_recipe(dump(recipe), base=base.name, datasets=sets),
         facts=list(_facts(recipe, run_dir)), metrics=list(_metrics(run_dir)), limits=list(_limits(recipe, run_dir, kind)),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from nemotune.export.hub.card import AdapterLoads, check_card
 from nemotune.export.hub.contents import Content, Kind, adapter_keys, kind_of, of_directory, refuse_private
 from nemotune.export.hub.license import LICENSE_FILES, Base, license_of
 from nemotune.export.hub.upload import Published, publish
+from nemotune.export.ollama import is_asked_alike
 from nemotune.lora.adapter import read_adapter
 from nemotune.models import build_model, locate, read_config
 from nemotune.recipe import Recipe
@@ -114,7 +115,8 @@ def _card(
             check_card(text, str(path))
             return text, f"yours, {path}"
     files = [content.name for content in contents]
-    card = card_of(recipe, run_dir, repo=repo, kind=kind, base=base, files=files, adapter=adapter)
+    in_ollama = kind == "gguf" and is_asked_alike(min(directory.glob("*.gguf")))
+    card = card_of(recipe, run_dir, repo=repo, kind=kind, base=base, files=files, adapter=adapter, in_ollama=in_ollama)
     return card.render(), f"made from {run_dir}; a README.md of yours there would be sent in its place"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -39,6 +41,14 @@ def test_front_matter_is_the_hubs_and_says_how_it_is_loaded(tmp_path, kind, libr
     assert (data.license, data.license_name, data.license_link) == ("other", OPEN.name, OPEN.link)
     assert data.pipeline_tag == "text-generation" and {"nemotune", "lora"} <= set(data.tags)
     assert loads in text
+
+
+def test_ollama_is_named_only_where_it_asks_by_the_files_template(tmp_path):
+    run_dir = make_run(tmp_path)
+    card = partial(card_of, load(str(run_dir)), run_dir, repo="me/toy", kind="gguf", base=NANO, files=["m.gguf"], adapter=ANYWHERE)
+    assert "ollama run hf.co/me/toy" in card(in_ollama=True).render() and "for llama.cpp and Ollama, of" in card(in_ollama=True).render()
+    text = card(in_ollama=False).render()
+    assert "ollama run" not in text and "for llama.cpp, of" in text and "Not for Ollama" in text
 
 
 def test_metrics_are_in_the_index_and_in_the_table_with_their_intervals(tmp_path):

@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from gguf import GGUFWriter
 from rich.console import Console
 from toy_gguf import TINY, saved
 
 from nemotune.errors import CheckpointError, ConflictError, MissingFileError, UnsupportedError
 from nemotune.export import ollama
-from nemotune.export.ollama import Served, modelfile, plan_ollama, renderer_of, served
+from nemotune.export.ollama import Served, is_asked_alike, modelfile, plan_ollama, renderer_of, served
 from nemotune.export.stream import write
 from nemotune.export.tuned import open_tuned
 from nemotune.workflow import ollama as workflow
@@ -82,6 +83,7 @@ def test_the_directory_holds_the_file_and_how_to_ask_it(llama_dir, tmp_path):
         'FROM ./model-q8_0.gguf\nPARAMETER num_ctx 512\nPARAMETER stop "<|im_end|>"\nPARAMETER stop "</s>"\nPARAMETER temperature 0.6\n'
         'PARAMETER top_p 0.95\nLICENSE """Do as you like.\nTell whose it was.\n"""\nREQUIRES 0.30.0\n'
     )
+    assert is_asked_alike(target / "model-q8_0.gguf")
     found = served(target / "model-q8_0.gguf")
     assert found.architecture == "llama" and found.template == (llama_dir / "chat_template.jinja").read_text()
 
@@ -113,5 +115,12 @@ def test_what_is_no_gguf_file_is_said(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUX" + bytes(100))
     with pytest.raises(CheckpointError, match="not a GGUF file"):
         served(tmp_path / "broken.gguf")
+    writer = GGUFWriter(tmp_path / "adapter.gguf", "nemotron_h_moe")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="adapter.gguf: no GGUF file of a model, but of an adapter"):
+        served(tmp_path / "adapter.gguf")
+    assert not is_asked_alike(tmp_path / "adapter.gguf")
     with pytest.raises(UnsupportedError, match="LICENSE"):
         modelfile(Served("llama", "{{ messages }}", (), 8), source="x", generation={}, license_text='a """ b')

@@ -70,6 +70,7 @@ class Card:
     limits: Sequence[str] = ()
     files: Sequence[str] = ()
     adapter: AdapterLoads = AdapterLoads()
+    in_ollama: bool = False  # whether Ollama asks GGUF files by their own template
 
     @property
     def name(self) -> str:
