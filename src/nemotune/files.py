@@ -143,20 +143,19 @@ def take_place(aside: Path, target: Path) -> None:
 
     Where `target` is a link the link goes, and what it names stays.
     """
+    old = target.with_name(f".{target.name}.old")
     if target.is_symlink() and aside.is_dir():
         target.unlink()
-    if target.is_dir() and not target.is_symlink():
-        if not _exchange(aside, target):
-            old = target.with_name(f".{target.name}.old")
+    is_swapped = target.is_dir() and _exchange(aside, target)
+    if not is_swapped:
+        if target.is_dir():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
-            os.replace(aside, target)
-            aside = old
-        sync(target.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
         os.replace(aside, target)
-        sync(target.parent)
+    sync(target.parent)
+    if is_swapped:
+        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)  # of a process too that was killed between its two renames
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -159,6 +159,27 @@ def test_an_old_target_that_was_swapped_but_not_yet_deleted_is_no_staging(tmp_pa
     assert contents(tmp_path / "out") == WHOLE
 
 
+def test_an_old_directory_between_two_renames_goes_with_the_next_run(tmp_path, monkeypatch):
+    """Where two paths cannot change places in one step."""
+    write(plan("efgh"), tmp_path / "out")
+    rename, renamed = os.replace, []
+
+    def once(one: Path, other: Path) -> None:
+        if renamed:
+            raise Interrupted
+        renamed.append(rename(one, other))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nemotune.files._exchange", lambda *paths: False)
+        patch.setattr(os, "replace", once)
+        with pytest.raises(Interrupted):
+            write(plan(), tmp_path / "out", overwrite=True)
+    assert listed(tmp_path) == [".out.old", ".out.partial"], "absent, and nothing is lost"
+    made: list[str] = []
+    write(plan(made=made), tmp_path / "out")
+    assert contents(tmp_path / "out") == WHOLE and listed(tmp_path) == ["out"] and not made
+
+
 def test_a_staging_that_its_owner_took_away_is_not_written_to(tmp_path, monkeypatch):
     """Between opening the journal and locking it, the process that had it may end and delete it."""
     lock = staging.fcntl.flock

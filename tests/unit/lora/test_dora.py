@@ -10,6 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from nemotune.lora.dropout import DropoutKeys
 from nemotune.lora.layers import DoRALinear
+from nemotune.lora.pairs import gains
 from nemotune.models.layers import Linear
 from nemotune.models.quantize import NF4Linear
 from nemotune.ops.nf4 import dequantize
@@ -85,6 +86,11 @@ def test_a_row_of_zeros_stays_one():
     layer(x).square().sum().backward()
     assert layer(x).isfinite().all() and not layer(x)[:, 3].any()
     assert all(p.grad.isfinite().all() for p in layer.parameters(recurse=False))
+
+
+def test_a_row_of_zeros_stays_one_where_it_is_merged():
+    updated = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    assert torch.equal(updated * gains(torch.tensor([0.5, 10.0]), updated), torch.tensor([[0, 0], [6, 8.0]], dtype=torch.float64))
 
 
 def test_dropout_is_missing_from_all_but_the_base():

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import random
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,24 @@ def test_of_a_large_entry_only_the_rows_asked_for_are_read(tmp_path, monkeypatch
 def test_a_tensor_that_was_saved_transposed_reads_alike(tmp_path):
     dcp.save({"w": WHOLE[0].T}, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(DcpDirectory(tmp_path).read("w", (2, 3), (4, 5)), WHOLE[0].T[2:6, 3:8])
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_view_of_a_larger_storage_reads_alike_and_a_packed_entry_too(sharded, kind):
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.save(torch.arange(-7.0, 13.0)[7:12], plain)  # all 20 values are saved
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", kind) as target:
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record))
+    (sharded / "other.distcp").write_bytes(packed.getvalue())
+
+    def moved(metadata):
+        index = next(index for index in metadata.storage_data if index.fqn == "bias")
+        place = metadata.storage_data[index]
+        metadata.storage_data[index] = replace(place, relative_path="other.distcp", offset=0, length=len(packed.getvalue()))
+
+    change(sharded, moved)
+    assert DcpDirectory(sharded).read("bias", (1,), (3,)).tolist() == [1, 2, 3]
 
 
 def test_what_is_no_tensor_is_named_and_never_read(tmp_path):

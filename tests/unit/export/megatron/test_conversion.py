@@ -181,6 +181,14 @@ def test_run_config_says_what_config_json_does(tmp_path):
     assert {key: told[key] for key in expected} == expected
 
 
+def test_a_release_is_an_iteration_without_a_number(tmp_path):
+    source = hf(tmp_path / "hf", "llama")
+    checkpoint = imported(source, tmp_path / "megatron")
+    (checkpoint / "iter_0000000").rename(checkpoint / "release")
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("release\n")
+    assert same(weights(exported(checkpoint, tmp_path / "back", source)), weights(source))
+
+
 def test_mtp_is_nested_there_and_flat_here(tmp_path):
     source = hf(tmp_path / "hf", "hybrid")
     add(source, mtp_tensors(), mtp_hybrid_override_pattern="*E", num_nextn_predict_layers=2)
