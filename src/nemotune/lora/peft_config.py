@@ -34,7 +34,7 @@ PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # those that leav
 class PeftConfig(BaseModel):
     """The keys of adapter_config.json that are read. Any other one that is set is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     peft_type: Literal["LORA"] = "LORA"
     r: PositiveInt
@@ -93,7 +93,7 @@ def read_peft_config(path: Path) -> PeftConfig:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, item['loc'][:1])) or 'the file'}: {item['msg']}" for item in error.errors())
         raise CheckpointError(f"{path}: {wrong}; expected a LoRA config as PEFT writes it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy the adapter again") from error
     refused = {key: value for key, value in (config.model_extra or {}).items() if value not in UNUSED and key not in WITHOUT_EFFECT}
     if config.init_lora_weights not in (*PLAIN_STARTS, None):

@@ -32,7 +32,7 @@ def read_config(directory: Path) -> NemotronHConfig | LlamaConfig:
         raise MissingFileError(f"{path}: no such file; expected a Hugging Face model directory")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: got {type(raw).__name__}, expected an object as transformers writes it")

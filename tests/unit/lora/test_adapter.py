@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -147,6 +148,8 @@ def test_experts_of_another_rank_are_named(adapter, hybrid_dir):
         ({"peft_type": "LOHA"}, "peft_type: Input should be 'LORA'"),
         ({"target_modules": "(q_proj"}, r"target_modules: .*no regular expression"),
         ({"rank_pattern": {"(q_proj": 3}}, r"rank_pattern: .*no regular expression"),
+        ({"lora_alpha": math.inf}, "lora_alpha: Input should be a finite number"),
+        ({"alpha_pattern": {"q_proj": math.inf}}, "alpha_pattern: Input should be a finite number"),
         ({"alpha_pattern": {"q_proj": "much"}}, r"alpha_pattern: Input should be a valid number"),
         ({"rank_pattern": {"q_proj": 3}}, r"layers\.2\.mixer\.q_proj: got A and B of \(\(2, 32\).*expected \(\(3, 32\)"),
         ({"target_parameters": ["q_proj.weight"]}, r"target_parameters: 'q_proj\.weight' are no experts"),
@@ -187,7 +190,7 @@ def test_every_refused_key_is_told_at_once(adapter, hybrid_dir):
         read(adapter, hybrid_dir)
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "\xff"])
+@pytest.mark.parametrize("damage", ["{", "[]", "\xff", "[" * 10**5])
 def test_a_config_that_cannot_be_read_is_named(adapter, hybrid_dir, damage):
     (adapter / "adapter_config.json").write_bytes(damage.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: "):

@@ -7,6 +7,8 @@ that `lora_files.py` widened become what they were. The way there is `lora_files
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -125,16 +127,22 @@ def _settings(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
     """How the adapter was made."""
     settings = checkpoint.run_config.get("peft")
     where = checkpoint.directory / "run_config.yaml"
-    if not isinstance(settings, dict) or not isinstance(settings.get("alpha"), int | float):
+    if not isinstance(settings, dict) or not _is_number(settings.get("alpha"), least=math.ulp(0.0), most=sys.float_info.max):
         raise CheckpointError(
-            f"{where}: says no peft.alpha, without which the adapter's scale is not known; copy the run_config.yaml of its run"
+            f"{where}: says no peft.alpha over 0, without which the adapter's scale is not known; copy the run_config.yaml of its run"
         )
+    if not _is_number(dropout := settings.get("dropout", 0.0), least=0.0, most=0.99):
+        raise CheckpointError(f"{where}: peft.dropout: got {dropout!r}, expected 0 to 0.99; copy the run_config.yaml of its run")
     form = str(settings.get("_target_", "")).rpartition(".")[2]
     if form not in FORMS:
         raise UnsupportedError(
             f"{where}: peft._target_: got {form or 'nothing'}, expected one of {', '.join(FORMS)}; merge it with Megatron-Bridge"
         )
     return settings
+
+
+def _is_number(value: Any, *, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def _of_module(module: LinearModule, stored: dict[str, StoredTensor], config: Config) -> Iterator[tuple[str, _Found]]:

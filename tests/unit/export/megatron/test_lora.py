@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,8 @@ def test_canonical_lora_has_an_adapter_for_each_projection_of_layers_that_are_st
         ({f"{EXPERTS}.linear_in.weight": (5, 2, 32), f"{EXPERTS}.linear_out.weight": (24, 2)}, {}, CheckpointError, "got 5 experts, expected 6"),
         ({f"{QKV}.linear_in.weight": (2, 32)}, {"_target_": "megatron.bridge.peft.dora.DoRA"}, UnsupportedError, "got DoRA, expected one of LoRA"),
         ({f"{QKV}.linear_in.weight": (2, 32)}, {"alpha": None}, CheckpointError, r"says no peft\.alpha"),
+        *(({f"{QKV}.linear_in.weight": (2, 32)}, {"alpha": alpha}, CheckpointError, "over 0") for alpha in (0, -4, math.inf, math.nan, True)),
+        *(({f"{QKV}.linear_in.weight": (2, 32)}, {"dropout": dropout}, CheckpointError, r"peft\.dropout: got") for dropout in ("x", 2, math.nan)),
     ],
 )  # fmt: skip
 def test_what_has_no_place_or_does_not_fit_is_named(hybrid, tmp_path, tensors, peft, kind, error):
