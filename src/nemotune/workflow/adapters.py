@@ -21,7 +21,7 @@ from nemotune.lora.adapter import CONFIG, OUT_PROJ_NOTE
 from nemotune.models import locate
 from nemotune.recipe import Recipe
 from nemotune.workflow.messages import say, size, wrote
-from nemotune.workflow.sources import refuse_reading, refuse_replacing, source_of
+from nemotune.workflow.sources import refuse_reading, refuse_replacing, refuse_run_directory, source_of
 from nemotune.workflow.writing import written
 
 PLANS: dict[str, Callable[[Opened], Plan[int]]] = {
@@ -55,6 +55,11 @@ def export(
     """
     if reader not in PLANS:
         raise RecipeError(f"{options[0]}: got {reader!r}.{did_you_mean(reader, PLANS)} Known: {', '.join(PLANS)}")
+    refuse_run_directory(adapter, "--from" if options[0] == "--to" else "--adapter", instead=f"its adapter is {adapter / 'adapter'}")
+    if is_megatron(adapter) and not open_megatron(adapter).is_lora:
+        raise RecipeError(
+            f"{adapter}: is a checkpoint of a model, expected one of LoRA; `nemotune convert export` makes a Hugging Face model of it"
+        )
     base_dir = locate(base, weights=False, key=options[1])
     _refuse_target(output, adapter, base_dir)
     opened = open_adapter(adapter, base_dir)

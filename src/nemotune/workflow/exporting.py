@@ -83,6 +83,8 @@ def _targets(name: str, kinds: Sequence[str], output: Path) -> dict[str, Path]:
     """The file of each kind."""
     kinds = tuple(dict.fromkeys(require_kind(kind) for kind in kinds))
     if output.suffix != ".gguf":
+        if output.is_file():
+            raise ConflictError(f"--output: {output} is a file without .gguf at its end; name a directory, or a file that ends so")
         return {kind: output / f"{name}-{kind}.gguf" for kind in kinds}
     if len(kinds) > 1:
         raise ConflictError(f"--output: got one file, {output}, for {len(kinds)} types; name a directory, or export one type at a time")

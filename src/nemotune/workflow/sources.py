@@ -46,8 +46,7 @@ def source_given(model: str | None, adapter: Path | None, output: Path | None, *
         raise RecipeError(f"{'--model' if model is None else '--output'}: --model and --output go together, with or without --adapter")
     directory = locate(model, weights=weights, key="--model")
     for option, path in (("--model", directory), *([("--adapter", adapter)] if adapter else [])):
-        if (path / "recipe.json").is_file():
-            raise RecipeError(f"{option}: {path} is the directory of a run; name it without --model and --adapter, to have what it trained")
+        refuse_run_directory(path, option, instead="name it without --model and --adapter, to have what it trained")
     if (directory / CONFIG).is_file() and not is_model(directory):
         raise RecipeError(f"--model: {directory} is an adapter; name it with --adapter, and its base with --model")
     if adapter and is_megatron(adapter):
@@ -56,6 +55,12 @@ def source_given(model: str | None, adapter: Path | None, output: Path | None, *
             "`nemotune convert adapter` makes it an adapter that is read here"
         )
     return Source((adapter or Path(model)).resolve().name, directory, adapter), output
+
+
+def refuse_run_directory(path: Path, option: str, *, instead: str) -> None:
+    """Raise RecipeError where a model or an adapter is expected and a run's directory is named."""
+    if (path / "recipe.json").is_file():
+        raise RecipeError(f"{option}: {path} is the directory of a run; {instead}")
 
 
 def refuse_reading(source: Path, target: Path, option: str) -> None:

@@ -73,6 +73,17 @@ def test_a_base_that_is_nowhere_is_told(saved: Path, tmp_path: Path) -> None:
         typed("convert", "adapter", "--from", saved, "--base", "./none", "--to", "vlm", "--output", tmp_path / "a")
 
 
+def test_a_run_or_a_whole_model_in_place_of_an_adapter_is_told(hybrid_dir: Path, tmp_path: Path) -> None:
+    words = ("convert", "adapter", "--base", hybrid_dir, "--to", "peft", "--output", tmp_path / "a", "--from")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").touch()
+    with pytest.raises(NemotuneError, match="^--from: .*/run is the directory of a run; its adapter is .*/run/adapter$"):
+        typed(*words, tmp_path / "run")
+    typed("convert", "import", "--hf", hybrid_dir, "--megatron", tmp_path / "checkpoint")
+    with pytest.raises(NemotuneError, match="is a checkpoint of a model, expected one of LoRA; `nemotune convert export`"):
+        typed(*words, tmp_path / "checkpoint")
+
+
 def test_a_dry_run_writes_nothing(saved: Path, hybrid_dir: Path, tmp_path: Path) -> None:
     told = typed("convert", "adapter", "--from", saved, "--base", hybrid_dir, "--to", "vllm", "--output", tmp_path / "a", "--dry-run")
     assert f"would write {tmp_path / 'a'} for vllm: 82.9 kB, 8 modules of nvidia/base" in told and not list(tmp_path.iterdir())

@@ -110,6 +110,8 @@ def test_a_directory_of_another_kind_is_told_with_what_to_type(run_dir, tmp_path
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("0")
     with pytest.raises(RecipeError, match="--model: .*/run is the directory of a run; name it without --model"):
         typed("--model", tmp_path / "run", "--output", "out")
+    with pytest.raises(ConflictError, match="--output: .*iteration.txt is a file without .gguf at its end"):
+        typed("--model", TINY, "--output", tmp_path / "latest_checkpointed_iteration.txt")
     with pytest.raises(RecipeError, match="--adapter: .*/run is the directory of a run"):
         typed("--model", TINY, "--adapter", tmp_path / "run", "--output", "out")
     with pytest.raises(RecipeError, match="--model: .*/adapter is an adapter; name it with --adapter"):
