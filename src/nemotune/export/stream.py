@@ -81,7 +81,7 @@ def write(plan: Plan[Report], target: Path, *, overwrite: bool = False, done: Ca
     """Carry out `plan` as `target`, which is absent, or as it was, until it is whole. `done` is told the bytes as they are written.
 
     Raises ConflictError where `target` exists and `overwrite` is false, or where another process writes it; DiskFullError before the
-    first byte where they will not fit; and whatever `plan.verify` finds.
+    first byte where they will not fit; and whatever the pieces and `plan.verify` find, of which nothing is left behind.
     """
     refuse_target(target, overwrite=overwrite, is_file=plan.is_file)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,17 +92,13 @@ def write(plan: Plan[Report], target: Path, *, overwrite: bool = False, done: Ca
         _require_space(plan, journal)
         for path in (content / "_", *place.values()) if not plan.is_file else ():
             path.parent.mkdir(parents=True, exist_ok=True)
-        with _threads() as pool, ThreadPoolExecutor(1) as syncing:
-            try:
-                for file in plan.files:
-                    _write_file(place[file.name], file, journal, pool, syncing, done)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        plan.finish(staging if plan.is_file else content, journal.ends)
         try:
+            _write_files(plan, journal, done)
+            plan.finish(staging if plan.is_file else content, journal.ends)
             report = plan.verify(content)
-        except NemotuneError:
+        except DiskFullError:
+            raise
+        except NemotuneError:  # what is read is wrong, or what was written: going on from it would be no better
             shutil.rmtree(staging, ignore_errors=True)
             raise
         if not plan.is_file:
@@ -111,6 +107,16 @@ def write(plan: Plan[Report], target: Path, *, overwrite: bool = False, done: Ca
         take_place(content, target)
         shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+def _write_files(plan: Plan[Any], journal: Staging, done: Callable[[int], None]) -> None:
+    with _threads() as pool, ThreadPoolExecutor(1) as syncing:
+        try:
+            for file in plan.files:
+                _write_file(journal.place[file.name], file, journal, pool, syncing, done)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

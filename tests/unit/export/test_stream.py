@@ -74,6 +74,16 @@ def test_a_failed_verification_leaves_nothing_and_an_old_target_as_it_was(tmp_pa
     assert contents(tmp_path / "out") == WHOLE and listed(tmp_path) == ["out"]
 
 
+def test_of_values_that_cannot_be_written_nothing_is_left_behind(tmp_path):
+    def not_finite() -> bytes:
+        raise CheckpointError("holds values that are not finite")
+
+    broken = Plan({}, (OutputFile("x", (part("a"), Part("b", 3, lambda: [not_finite]))),), lambda _: None)
+    with pytest.raises(CheckpointError, match="not finite"):
+        write(broken, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_there_is_replaced_only_when_asked_for_and_only_by_its_like(tmp_path):
     write(plan(), tmp_path / "out")
     (tmp_path / "out" / "of the old one").touch()
