@@ -151,7 +151,12 @@ def take_place(aside: Path, target: Path) -> None:
         if target.is_dir():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
-        os.replace(aside, target)
+        try:
+            os.replace(aside, target)
+        except OSError:
+            if old.is_dir() and not target.exists():
+                os.replace(old, target)
+            raise
     sync(target.parent)
     if is_swapped:
         shutil.rmtree(aside, ignore_errors=True)

@@ -169,6 +169,22 @@ def test_an_old_target_that_was_swapped_but_not_yet_deleted_is_no_staging(tmp_pa
     assert contents(tmp_path / "out") == WHOLE
 
 
+def test_an_old_directory_comes_back_where_the_new_one_cannot_be_renamed(tmp_path, monkeypatch):
+    write(plan("efgh"), tmp_path / "out")
+    before, rename = contents(tmp_path / "out"), os.replace
+
+    def refusing(one: Path, other: Path) -> None:
+        if one.parent.name == ".out.partial":
+            raise PermissionError(13, "Permission denied", str(other))
+        rename(one, other)
+
+    monkeypatch.setattr("nemotune.files._exchange", lambda *paths: False)
+    monkeypatch.setattr(os, "replace", refusing)
+    with pytest.raises(PermissionError):
+        write(plan(), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before
+
+
 def test_an_old_directory_between_two_renames_goes_with_the_next_run(tmp_path, monkeypatch):
     """Where two paths cannot change places in one step."""
     write(plan("efgh"), tmp_path / "out")
