@@ -20,10 +20,14 @@ from hub_server import TOKEN, Fault, Hub, serving
 from huggingface_hub import HfApi, ModelCard
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from toy_gguf import TINY, saved
 from toy_published import make_run
 
 from nemotune import assets
 from nemotune.errors import CheckpointError, ConflictError, DataError, HubError, MissingFileError, NemotuneError, RecipeError
+from nemotune.export.gguf.plan import plan_gguf
+from nemotune.export.stream import write
+from nemotune.export.tuned import open_tuned
 from nemotune.recipe import load
 from nemotune.workflow import publishing
 
@@ -336,6 +340,15 @@ def test_other_settings_than_those_trained_with_are_refused(run_dir, hub):
     options = {"what": None, "base": BASE, "private": False, "branch": None, "overwrite": False, "dry_run": True}
     with pytest.raises(ConflictError, match="lora.rank: got 8, the run was begun with 2"):
         publishing.hub(load(str(run_dir), ["lora.rank=8"]), run_dir=run_dir, repo="me/toy", console=console, **options)
+
+
+def test_the_card_of_gguf_files_names_ollama_only_where_it_asks_by_their_template(run_dir, hub, tmp_path):
+    saved(tmp_path / "llama", "llama")
+    shutil.copy(TINY / "chat_template.jinja", tmp_path / "llama")
+    for name, model, is_named in (("tiny", TINY, False), ("llama", tmp_path / "llama", True)):
+        write(plan_gguf(open_tuned(model), "f16", name=name), tmp_path / "files" / name / "m.gguf")
+        told = publish(run_dir, hub, what=str(tmp_path / "files" / name), dry_run=True)
+        assert ("ollama run hf.co/me/toy" in told) is is_named
 
 
 def test_a_users_own_card_and_licence_win(run_dir, hub):
