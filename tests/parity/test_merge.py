@@ -266,3 +266,18 @@ def test_a_base_with_values_that_are_not_finite_is_refused_by_name(tmp_path, dty
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_tensors_without_dims_or_values_are_copied(tmp_path):
+    """Such as counters that a training left beside the layers that no forward uses."""
+    with_adapter(tmp_path, "hybrid", Lora(rank=4, targets=("attention",)))
+    shard = sorted((tmp_path / "base").glob("*.safetensors"))[0]
+    odd = {"mtp.count": torch.tensor(3), "mtp.none": torch.empty(0, 4), "mtp.narrow": torch.empty(4, 0)}
+    save_file(load_file(shard) | odd, shard, metadata={"format": "pt"})
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"] |= {name: shard.name for name in odd}
+    index.write_text(json.dumps(listed))
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    written = load_file(tmp_path / "merged" / shard.name)
+    assert all(torch.equal(written[name], tensor) for name, tensor in odd.items())

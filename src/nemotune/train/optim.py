@@ -82,9 +82,9 @@ def _adamw_8bit(groups: list[dict[str, Any]], train: Train, *, on_cuda: bool) ->
     try:
         from torchao.optim import AdamW8bit as TorchAdamW8bit
     except ImportError as error:
+        missing = "bitsandbytes or torchao, and neither is installed" if on_cuda else "torchao on a CPU, and it is not installed"
         raise UnsupportedError(
-            "train.optimizer: adamw_8bit needs bitsandbytes (CUDA) or torchao, neither is installed; "
-            "`pip install 'nemotune[cuda]'`, or train.optimizer=adamw"
+            f"train.optimizer: adamw_8bit needs {missing}; `pip install 'nemotune[cuda]'`, or train.optimizer=adamw"
         ) from error
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile looks for it
     if not on_cuda and shutil.which(compiler) is None:

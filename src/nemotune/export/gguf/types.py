@@ -39,8 +39,8 @@ class Fallback:
 
 
 def require_kind(kind: str) -> str:
-    """`kind`, where it is one. Raises UnsupportedError."""
-    if kind not in KINDS:
+    """`kind` in lower case, where it is one. Raises UnsupportedError."""
+    if (kind := kind.lower()) not in KINDS:
         raise UnsupportedError(f"--type: got '{kind}', expected one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
     return kind
 
