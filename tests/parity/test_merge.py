@@ -276,7 +276,7 @@ def test_tensors_without_dims_or_values_are_copied(tmp_path):
     save_file(load_file(shard) | odd, shard, metadata={"format": "pt"})
     index = tmp_path / "base" / "model.safetensors.index.json"
     listed = json.loads(index.read_text())
-    listed["weight_map"] |= {name: shard.name for name in odd}
+    listed["weight_map"] |= dict.fromkeys(odd, shard.name)
     index.write_text(json.dumps(listed))
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     written = load_file(tmp_path / "merged" / shard.name)
