@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,14 @@ OPTIONAL = (
 
 
 def trees(*packages: str) -> Iterator[tuple[Path, ast.AST]]:
-    for path in sorted(SOURCE.rglob("*.py")):
+    for path, tree in _all_trees():
         if not packages or path.relative_to(SOURCE).parts[0] in packages:
-            yield path, ast.parse(path.read_text(encoding="utf-8"))
+            yield path, tree
+
+
+@cache
+def _all_trees() -> list[tuple[Path, ast.AST]]:
+    return [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(SOURCE.rglob("*.py"))]
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

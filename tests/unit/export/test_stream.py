@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -374,30 +371,3 @@ def test_memory_is_a_few_pieces(tmp_path):
         Plan({}, (OutputFile("x", (Part("p", 200 * KB, lambda: [piece] * 200),)),), lambda _: None), tmp_path / "out", done=written.append
     )
     assert len(written) == 201 and most <= 2 * stream.THREADS + 2  # one `done` for what was there before
-
-
-KILLED = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_stream import plan
-from nemotune.export import stream
-stream.SYNC_BYTES = 3000
-print("ready", flush=True)
-stream.write(plan("abcdefgh", wait=0.02), Path({target!r}), overwrite=True)
-"""
-
-
-@pytest.mark.parametrize("seconds", [0.02, 0.11, 0.23])
-def test_killed_at_any_moment_the_target_is_absent_or_whole_and_the_next_run_completes_it(tmp_path, seconds):
-    target = tmp_path / "out"
-    code = KILLED.format(tests=str(Path(__file__).parent), target=str(target))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    whole = {file: b"".join(letter.encode() * 3 * KB for letter in letters) for file, letters in {"x": "abcd", "y": "efgh"}.items()}
-    assert not target.exists() or {name: contents(target)[name] for name in whole} == whole
-    write(plan("abcdefgh"), target, overwrite=True)
-    assert {name: contents(target)[name] for name in whole} == whole and listed(tmp_path) == ["out"]

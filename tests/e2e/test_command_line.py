@@ -20,6 +20,21 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 HEAVY = ("torch", "transformers", "datasets", "numpy", "pyarrow", "pydantic", "yaml", "tensorboard")
 
 
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """`command("run", "quickstart")` runs `nemotune run quickstart` in an empty directory; script="finetune" runs that one."""
+    source = str(Path(nemotune.__file__).parent.parent)
+
+    def run(*words: str, script: str = "main") -> subprocess.CompletedProcess[str]:
+        code = f"import sys; from nemotune.cli.{script} import main; sys.argv[0] = 'nemotune'; main()"
+        environment = os.environ | {"PYTHONPATH": source, "COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}
+        return subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+
+    return run
+
+
 def modules_after(code: str) -> set[str]:
     program = f"import sys\nsys.path.insert(0, {str(Path(nemotune.__file__).parent.parent)!r})\n{code}\nprint(*sys.modules, sep='\\n', file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
